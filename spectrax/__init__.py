@@ -1,0 +1,37 @@
+"""Spectral normalization and Lipschitz control for JAX and Equinox."""
+
+import importlib.metadata
+
+from ._constraints import (
+    AbstractConstraint as AbstractConstraint,
+    Clip as Clip,
+    ClipToInitial as ClipToInitial,
+    LearnableBound as LearnableBound,
+    Normalize as Normalize,
+    normalize as normalize,
+)
+from ._norms import (
+    AbstractEstimator as AbstractEstimator,
+    ExactSVD as ExactSVD,
+    init_power_state as init_power_state,
+    LatticePowerState as LatticePowerState,
+    power_iterate as power_iterate,
+    PowerIteration as PowerIteration,
+    PowerState as PowerState,
+    singular_value as singular_value,
+    spectral_norm as spectral_norm,
+)
+from ._operators import (
+    flattened_kernel as flattened_kernel,
+    LatticeConvolution as LatticeConvolution,
+)
+from ._rules import layer_operator as layer_operator, register_layer as register_layer
+from ._wrap import (
+    advance as advance,
+    unwrap as unwrap,
+    wrap as wrap,
+    Wrapped as Wrapped,
+)
+
+
+__version__ = importlib.metadata.version("spectrax-norm")

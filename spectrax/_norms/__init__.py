@@ -1,0 +1,13 @@
+from ._estimators import (
+    AbstractEstimator as AbstractEstimator,
+    ExactSVD as ExactSVD,
+    PowerIteration as PowerIteration,
+)
+from ._lattice_power import LatticePowerState as LatticePowerState
+from ._power import PowerState as PowerState
+from ._power_iteration import (
+    init_power_state as init_power_state,
+    power_iterate as power_iterate,
+    singular_value as singular_value,
+)
+from ._spectral_norm import exact_norm as exact_norm, spectral_norm as spectral_norm

@@ -1,0 +1,206 @@
+"""Golub-Kahan-Lanczos bidiagonalisation, restarted thickly.
+
+Both bases are kept orthonormal explicitly, and the projection `B = U^H A V` of the
+operator is recorded from the coefficients of that orthogonalisation. It is upper
+bidiagonal in the first cycle and has a full column at each restart, so that one loop
+serves both. Restarting keeps the best approximate triplets (Wu & Simon 2000; Baglama &
+Reichel 2005), and with them most of what the earlier cycles had found.
+"""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Inexact, Int, PRNGKeyArray
+
+from .._custom_types import DType, LinearOperator, Rows
+from .._operators import accumulation_dtype, adjoint_rows, apply_rows
+from ._rows import inner, matmul, normalize_rows, random_rows
+
+
+class GolubKahan(eqx.Module):
+    """Bases, projection, and what is left over: `A^H u_i = (B^H v)_i + residual_i w`."""
+
+    left: Inexact[Array, "size out"]
+    right: Inexact[Array, "size in"]
+    projection: Inexact[Array, "size size"]
+    next_right: Inexact[Array, " in"]
+    next_norm: Float[Array, ""]
+    scale: Float[Array, ""]
+
+
+class Triplets(eqx.Module):
+    """The leading approximate singular triplets, in decreasing order."""
+
+    sigma: Float[Array, " count"]
+    u: Inexact[Array, "count out"]
+    v: Inexact[Array, "count in"]
+    residual: Float[Array, ""]  # |A^H u - sigma v| of the first; A v = sigma u holds
+
+
+def leading_triplets(
+    operator: LinearOperator,
+    key: PRNGKeyArray,
+    *,
+    count: int,
+    basis_size: int,
+    max_cycles: int,
+    rtol: float,
+) -> Triplets:
+    """Restarts until the leading residual is at most `rtol * sigma`."""
+    out_size, in_size = operator.out_size(), operator.in_size()
+    dtype = accumulation_dtype(operator)
+    apply = ft.partial(apply_rows, operator)
+    adjoint = ft.partial(adjoint_rows, operator)
+    if out_size >= in_size:
+        process = _Process(apply, adjoint, key)
+        return process.run(out_size, in_size, dtype, count, basis_size, max_cycles, rtol)
+    # The right basis lives in the smaller space, so that it can become complete.
+    process = _Process(adjoint, apply, key)
+    found = process.run(in_size, out_size, dtype, count, basis_size, max_cycles, rtol)
+    return Triplets(found.sigma, found.v, found.u, found.residual)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Process:
+    apply: Callable[[Rows], Rows]
+    adjoint: Callable[[Rows], Rows]
+    key: PRNGKeyArray
+
+    def run(
+        self,
+        out_size: int,
+        in_size: int,
+        dtype: DType,
+        count: int,
+        basis_size: int,
+        max_cycles: int,
+        rtol: float,
+    ) -> Triplets:
+        size = min(basis_size, in_size)
+        keep = min(max(count, size // 3), size - 1)
+        bases = self.extend(self.empty(out_size, in_size, size, dtype), 0, 0)
+        if max_cycles > 1 and keep > 0:
+            bases = self.restart(bases, keep, max_cycles, rtol)
+        values, (left, right), residual = _ritz(bases)
+        return Triplets(
+            values[:count] * bases.scale,
+            left[:count],
+            right[:count],
+            residual * bases.scale,
+        )
+
+    def empty(self, out_size: int, in_size: int, size: int, dtype: DType) -> GolubKahan:
+        start = random_rows(self.key, 1, in_size, dtype)
+        # One product tells the scale at which squares and products neither overflow nor
+        # vanish; everything below is relative to it.
+        _, length = normalize_rows(self.apply(start))
+        scale = jnp.where((length[0] > 0) & jnp.isfinite(length[0]), length[0], 1)
+        return GolubKahan(
+            left=jnp.zeros((size, out_size), dtype),
+            right=jnp.zeros((size, in_size), dtype),
+            projection=jnp.zeros((size, size), dtype),
+            next_right=start[0],
+            next_norm=jnp.zeros((), scale.dtype),
+            scale=scale,
+        )
+
+    def extend(
+        self, bases: GolubKahan, start: int, cycle: int | Int[Array, ""]
+    ) -> GolubKahan:
+        """Fills the bases from row `start` on."""
+
+        def body(j: Int[Array, ""], bases: GolubKahan) -> GolubKahan:
+            left_key, right_key = jr.split(jr.fold_in(jr.fold_in(self.key, cycle), j))
+            right = bases.right.at[j].set(bases.next_right)
+            image = self.apply(bases.next_right[None]) / bases.scale
+            u, alpha, column = _orthogonalize(left_key, image, bases.left)
+            left = bases.left.at[j].set(u)
+            column = column.at[j].set(alpha.astype(column.dtype))
+            projection = bases.projection.at[:, j].set(column)
+            image = self.adjoint(u[None]) / bases.scale
+            v, beta, _ = _orthogonalize(right_key, image, right)
+            return GolubKahan(left, right, projection, v, beta, bases.scale)
+
+        return lax.fori_loop(start, bases.left.shape[0], body, bases)
+
+    def restart(
+        self, bases: GolubKahan, keep: int, max_cycles: int, rtol: float
+    ) -> GolubKahan:
+        """Repeats: keep the best `keep` triplets, extend the bases again."""
+
+        def unfinished(carry: tuple[GolubKahan, Int[Array, ""]]) -> Bool[Array, ""]:
+            values, _, residual = _ritz(carry[0])
+            return (carry[1] < max_cycles) & (residual > rtol * values[0])
+
+        def cycle(
+            carry: tuple[GolubKahan, Int[Array, ""]],
+        ) -> tuple[GolubKahan, Int[Array, ""]]:
+            bases, count = carry
+            return self.extend(_truncate(bases, keep), keep, count), count + 1
+
+        bases, _ = lax.while_loop(unfinished, cycle, (bases, jnp.asarray(1)))
+        return bases
+
+
+def _orthogonalize(
+    key: PRNGKeyArray, row: Inexact[Array, "1 n"], basis: Rows
+) -> tuple[Inexact[Array, " n"], Float[Array, ""], Inexact[Array, " size"]]:
+    """The unit vector, length and coefficients of `row` relative to `basis`.
+
+    If nothing is left of `row`, the length is zero and the vector a random one: an
+    invariant subspace was found, and the search goes on outside it. That is how
+    repeated singular values are all found.
+    """
+    row, before = normalize_rows(row)
+    rest, coefficients = _project_out(row, basis)
+    _, length = normalize_rows(rest)
+    tiny = 100 * jnp.finfo(rest.dtype).eps
+    exhausted = length[0] <= tiny
+    fresh = random_rows(key, 1, row.shape[1], row.dtype)
+    fresh, _ = _project_out(fresh, basis)
+    direction, _ = normalize_rows(jnp.where(exhausted, fresh, rest))
+    # Once more, as what was left may have been small.
+    direction, _ = _project_out(direction, basis)
+    direction, _ = normalize_rows(direction)
+    length = jnp.where(exhausted, 0, before[0] * length[0])
+    return direction[0], length, before[0] * coefficients[0]
+
+
+def _project_out(
+    row: Inexact[Array, "1 n"], basis: Rows
+) -> tuple[Inexact[Array, "1 n"], Inexact[Array, "1 size"]]:
+    coefficients = inner(row, basis)
+    return row - matmul(coefficients, basis), coefficients
+
+
+def _ritz(
+    bases: GolubKahan,
+) -> tuple[Float[Array, " size"], tuple[Rows, Rows], Float[Array, ""]]:
+    # A basis as large as the space is invariant, whatever rounding says.
+    size = bases.left.shape[0]
+    complete = size == bases.right.shape[1]
+    x, values, yh = jnp.linalg.svd(bases.projection)
+    left = matmul(x.T, bases.left)
+    right = matmul(jnp.conj(yh), bases.right)
+    residual = jnp.abs(x[size - 1, 0]) * bases.next_norm
+    return values, (left, right), jnp.where(complete, 0, residual)
+
+
+def _truncate(bases: GolubKahan, keep: int) -> GolubKahan:
+    values, (left, right), _ = _ritz(bases)
+    size = values.shape[0]
+    kept = (jnp.arange(size) < keep)[:, None]
+    diagonal = jnp.where(kept[:, 0], values, 0).astype(bases.projection.dtype)
+    return GolubKahan(
+        left=jnp.where(kept, left, 0),
+        right=jnp.where(kept, right, 0),
+        projection=jnp.diag(diagonal),
+        next_right=bases.next_right,
+        next_norm=bases.next_norm,
+        scale=bases.scale,
+    )

@@ -1,0 +1,134 @@
+"""The converged norm of a convolution at every input size, and its derivatives."""
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Bool, Complex, Float, Inexact, PyTree
+
+from .._operators import LatticeConvolution
+from ._lattice_power import init_lattice_state
+from ._rows import stop_gradient
+from ._triplet import differentiable_norm, differentiable_triplet, TripletFinder
+
+
+_BLOCK_SIZE = 4
+_NUM_STEPS = 32
+_NEWTON_STEPS = 3
+
+
+def lattice_norm(
+    operator: LatticeConvolution, find: TripletFinder
+) -> Float[Array, ""]:
+    """`gain` times the largest `sigma(F(w))` over the frequencies and the groups.
+
+    At the best frequency `w` the derivative of `sigma(F(w))` with respect to `w` is
+    zero, so that the first derivative of the maximum is that of `sigma` at fixed `w`;
+    further ones need the derivative of `w`, which `_best_frequencies` has.
+    """
+    frequencies = _best_frequencies(operator, find)
+
+    def group_norm(kernel: Array, frequency: Array) -> Float[Array, ""]:
+        return _sigma_at(kernel, frequency, find)
+
+    return operator.gain * jnp.max(jax.vmap(group_norm)(operator.kernel, frequencies))
+
+
+@eqx.filter_custom_jvp
+def _best_frequencies(
+    operator: LatticeConvolution, find: TripletFinder
+) -> Float[Array, "groups dim"]:
+    """Where each group's `sigma(F(w))` is largest: power iteration, then Newton."""
+    operator = stop_gradient(operator)
+    state = init_lattice_state(operator, find.key, _BLOCK_SIZE, _NUM_STEPS)
+
+    def polish(kernel: Array, frequency: Array) -> Array:
+        return lax.fori_loop(
+            0, _NEWTON_STEPS, lambda _, w: _newton_step(kernel, w, find), frequency
+        )
+
+    leading = jax.vmap(lambda w, leader: w[leader])(state.frequency, state.leader)
+    return stop_gradient(jax.vmap(polish)(operator.kernel, leading))
+
+
+@_best_frequencies.def_jvp
+def _best_frequencies_jvp(
+    primals: tuple[LatticeConvolution, TripletFinder], tangents: tuple[PyTree, PyTree]
+) -> tuple[Float[Array, "groups dim"], Float[Array, "groups dim"]]:
+    """`grad sigma(F(w)) = 0` holds for every kernel, hence `dw = -H^-1 d(grad)`."""
+    operator, find = primals
+    frequencies = _best_frequencies(operator, find)
+
+    def rate(kernel: Array, change: Array, frequency: Array) -> Array:
+        _, slope_change = jax.jvp(
+            lambda k: _slope(k, frequency, find), (kernel,), (change,)
+        )
+        hessian, usable = _hessian(kernel, frequency, find)
+        return jnp.where(usable, -jnp.linalg.solve(hessian, slope_change), 0)
+
+    rates = jax.vmap(rate)(operator.kernel, tangents[0].kernel, frequencies)
+    return frequencies, rates
+
+
+def _symbol(
+    kernel: Inexact[Array, "out in *taps"], frequency: Float[Array, " dim"]
+) -> Complex[Array, "out in"]:
+    return LatticeConvolution(kernel[None], 1.0).symbol(frequency[None])[0, 0]
+
+
+def _sigma_at(
+    kernel: Inexact[Array, "out in *taps"],
+    frequency: Float[Array, " dim"],
+    find: TripletFinder,
+) -> Float[Array, ""]:
+    matrix = lx.MatrixLinearOperator(_symbol(kernel, frequency))
+    return differentiable_norm(matrix, find)
+
+
+def _slope(
+    kernel: Inexact[Array, "out in *taps"],
+    frequency: Float[Array, " dim"],
+    find: TripletFinder,
+) -> Float[Array, " dim"]:
+    """The gradient of `sigma(F(w))` with respect to `w`: `Re(u^H dF/dw v)`."""
+    triplet = differentiable_triplet(
+        lx.MatrixLinearOperator(_symbol(kernel, frequency)), find
+    )
+    slopes = jax.jacfwd(lambda w: _symbol(kernel, w))(frequency)
+    return jnp.real(
+        jnp.einsum("o,oid,i->d", jnp.conj(triplet.u), slopes, triplet.v)
+    )
+
+
+def _hessian(
+    kernel: Inexact[Array, "out in *taps"],
+    frequency: Float[Array, " dim"],
+    find: TripletFinder,
+) -> tuple[Float[Array, "dim dim"], Bool[Array, ""]]:
+    """The second derivatives in `w`, and whether they are those of a proper maximum.
+
+    If they are not, as for a kernel with one tap, whose symbol is constant, the
+    frequency is held fixed, and the matrix returned is a harmless one.
+    """
+    hessian = jax.jacfwd(lambda w: _slope(kernel, w, find))(frequency)
+    dim = frequency.size
+    taps = jnp.array(kernel.shape[2:])
+    # An axis with one tap has no say in anything.
+    hessian = hessian - jnp.diag(jnp.where(taps == 1, 1.0, 0.0).astype(hessian.dtype))
+    sigma = lax.stop_gradient(_sigma_at(kernel, frequency, find))
+    values = jnp.linalg.eigvalsh(lax.stop_gradient(hessian))
+    usable = jnp.all(values < -1e-6 * sigma)
+    return jnp.where(usable, hessian, -jnp.eye(dim, dtype=hessian.dtype)), usable
+
+
+def _newton_step(
+    kernel: Inexact[Array, "out in *taps"],
+    frequency: Float[Array, " dim"],
+    find: TripletFinder,
+) -> Float[Array, " dim"]:
+    hessian, usable = _hessian(kernel, frequency, find)
+    step = jnp.linalg.solve(hessian, _slope(kernel, frequency, find))
+    new = frequency - jnp.where(usable, step, 0)
+    higher = _sigma_at(kernel, new, find) >= _sigma_at(kernel, frequency, find)
+    return jnp.where(higher, new, frequency)

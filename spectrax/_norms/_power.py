@@ -1,0 +1,133 @@
+"""One step of block power iteration on one operator."""
+
+import functools as ft
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Inexact
+
+from .._custom_types import LinearOperator, Rows, StructuredRows
+from .._operators import adjoint_rows, apply_rows
+from ._rows import inner, keep_where, matmul, normalize_rows, orthonormalize
+
+
+class PowerState(eqx.Module):
+    """Approximate leading singular vectors of an operator: what power iteration carries
+    from one step to the next.
+
+    Immutable data. Row 0 is the leading pair; the other rows make it converge faster.
+    Rows have unit length up to rounding, and are scaled to unit length again whenever
+    they are used, so that averaging states does no harm.
+
+    - `u`: left singular vectors, `[block, *output shape]`.
+    - `v`: right singular vectors, `[block, *input shape]`.
+    - `momentum`: the directions in which `v` last moved, `[block, *input shape]`;
+        `None` for a block of one vector, which iterates without momentum.
+
+    For an operator between pytrees, each field is a pytree of such arrays. Arrays are
+    of the operator's dtype, or float32 if that is narrower.
+    """
+
+    u: StructuredRows
+    v: StructuredRows
+    momentum: StructuredRows | None
+
+
+class RowState(eqx.Module):
+    """The same with every vector raveled: the form in which the algorithms see it."""
+
+    u: Inexact[Array, "block out"]
+    v: Inexact[Array, "block in"]
+    momentum: Inexact[Array, "block in"] | None
+
+
+def power_step(operator: LinearOperator, state: RowState) -> RowState:
+    """One product with the operator's adjoint, then one with the operator.
+
+    A block of one is the algorithm of Miyato et al. (2018): `v = A^H u / |A^H u|`, then
+    `u = A v / |A v|`. A larger block takes the best pairs (Rayleigh-Ritz) in the span of
+    three blocks: `A^H u`, the previous `v`, and the directions in which `v` moved
+    before. The last two are what makes it a locally optimal block method (Knyazev 2001)
+    and cost no further pass over the operator.
+
+    Where the operator maps a vector to zero, the vector is kept as it was; if anything
+    is not finite, the whole state is.
+    """
+    step = _single_step if state.momentum is None else _block_step
+    new = step(operator, state)
+    finite = jnp.all(jnp.isfinite(new.u)) & jnp.all(jnp.isfinite(new.v))
+    return jtu.tree_map(ft.partial(jnp.where, finite), new, state)
+
+
+def _single_step(operator: LinearOperator, state: RowState) -> RowState:
+    v, length = normalize_rows(adjoint_rows(operator, normalize_rows(state.u)[0]))
+    v = keep_where(length > 0, v, state.v)
+    u, length = normalize_rows(apply_rows(operator, v))
+    return RowState(keep_where(length > 0, u, state.u), v, None)
+
+
+def _block_step(operator: LinearOperator, state: RowState) -> RowState:
+    block = state.u.shape[0]
+    old, _ = normalize_rows(state.v)
+    moved = adjoint_rows(operator, normalize_rows(state.u)[0])
+    # Close to convergence the new directions differ little from the old: what matters
+    # is the difference, scaled up before it is orthogonalised.
+    new = _unit_part_outside(jnp.concatenate([moved, state.momentum]), old)
+    basis = orthonormalize(jnp.concatenate([old, new]))
+    images = apply_rows(operator, basis)
+    coefficients = _best_combinations(images)[:block]
+    v, length = normalize_rows(matmul(coefficients, basis))
+    u, image_length = normalize_rows(matmul(coefficients, images))
+    momentum = matmul(coefficients[:, block:], basis[block:])
+    return RowState(
+        keep_where(image_length > 0, u, state.u),
+        keep_where(length > 0, v, state.v),
+        normalize_rows(momentum)[0],
+    )
+
+
+def _unit_part_outside(rows: Rows, basis: Rows) -> Rows:
+    rows, _ = normalize_rows(rows)
+    return normalize_rows(rows - matmul(inner(rows, basis), basis))[0]
+
+
+def _best_combinations(images: Rows) -> Inexact[Array, "block block"]:
+    """Orthonormal rows `c`, such that `c @ images` are orthogonal and of decreasing
+    length: the Rayleigh-Ritz procedure, if `images` are those of an orthonormal basis.
+
+    Each row is signed so that it keeps pointing along its basis vector: successive
+    vectors of an iteration then do not cancel when they are averaged.
+    """
+    largest = jnp.max(jnp.abs(images))
+    images = images / jnp.where(largest > 0, largest, 1)
+    _, vectors = jnp.linalg.eigh(inner(images, images))
+    rows = jnp.conj(vectors[:, ::-1]).T
+    diagonal = jnp.diagonal(rows)
+    size = jnp.abs(diagonal)
+    phase = jnp.where(size > 0, diagonal / jnp.where(size > 0, size, 1), 1)
+    return rows * jnp.conj(phase)[:, None]
+
+
+def leading_value(operator: LinearOperator, state: RowState) -> Float[Array, ""]:
+    """`Re(u^H A v)` of the leading pair, which is held fixed; NaN if not finite."""
+    u, v = _leading_pair(state)
+    sigma = jnp.real(jnp.sum(jnp.conj(u) * apply_rows(operator, v)))
+    return jnp.where(jnp.isfinite(sigma), sigma, jnp.nan)
+
+
+def leading_residual(operator: LinearOperator, state: RowState) -> Float[Array, ""]:
+    """`|A^H u - sigma v| / sigma` of the leading pair; 0 for a zero operator."""
+    u, v = _leading_pair(state)
+    sigma = leading_value(operator, state)
+    _, length = normalize_rows(adjoint_rows(operator, u) - sigma * v)
+    return length[0] / jnp.where(sigma == 0, 1, jnp.abs(sigma))
+
+
+def _leading_pair(
+    state: RowState,
+) -> tuple[Inexact[Array, "1 out"], Inexact[Array, "1 in"]]:
+    u, _ = normalize_rows(lax.stop_gradient(state.u[:1]))
+    v, _ = normalize_rows(lax.stop_gradient(state.v[:1]))
+    return u, v

@@ -1,0 +1,279 @@
+"""Power iteration as pure functions: state in, state out."""
+
+import functools as ft
+from collections.abc import Callable
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._custom_types import LinearOperator, Matrix, Rows, StructuredRows
+from .._operators import (
+    accumulation_dtype,
+    as_operator,
+    LatticeConvolution,
+    pack_rows,
+    unpack_rows,
+)
+from ._golub_kahan import leading_triplets
+from ._lattice_power import (
+    init_lattice_state,
+    lattice_power_step,
+    lattice_residual,
+    lattice_value,
+    LatticePowerState,
+)
+from ._power import leading_residual, leading_value, power_step, PowerState, RowState
+from ._rows import keep_where, random_rows, stop_gradient
+
+
+DEFAULT_BLOCK_SIZE = 8
+DEFAULT_INIT_STEPS = 32
+
+
+def init_power_state(
+    operator: Matrix | LinearOperator | LatticeConvolution,
+    *,
+    key: PRNGKeyArray | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    num_steps: int = DEFAULT_INIT_STEPS,
+) -> PowerState | LatticePowerState:
+    """Singular vectors to start power iteration from.
+
+    The leading `block_size` pairs after `num_steps` steps of Golub-Kahan-Lanczos
+    bidiagonalisation, which come far closer than as many power steps: on square
+    Gaussian matrices to about 1e-4 of the norm after 32.
+
+    **Arguments:**
+
+    - `operator`: a matrix of shape `[out, in]`, a `lineax` operator, or what
+        `spectrax.layer_operator` returns.
+    - `key`: randomness of the starting vectors. Optional; a fixed key if not given.
+    - `block_size`: how many pairs to carry. More pairs track a changing operator more
+        closely, and each step's products take that many vectors. It is cut to the
+        smaller side of the operator, beyond which there are no further pairs. One pair
+        is the power iteration of Miyato et al. (2018).
+    - `num_steps`: steps of the bidiagonalisation. With 0 the vectors are random.
+
+    **Returns:**
+
+    A [`spectrax.PowerState`][] (for the convolution at every input size a
+    [`spectrax.LatticePowerState`][]). It carries no derivative.
+
+    **Cost:** two products with the operator per step.
+
+    **Raises:** `TypeError` or `ValueError` if `operator` is not a matrix or an
+    operator, `block_size < 1` or `num_steps < 0`.
+    """
+    operator = stop_gradient(as_operator(operator))
+    if block_size < 1:
+        raise ValueError(f"expected `block_size` to be at least 1, got {block_size}.")
+    check_num_steps(num_steps)
+    key = jr.key(0) if key is None else key
+    if isinstance(operator, LatticeConvolution):
+        return stop_gradient(init_lattice_state(operator, key, block_size, num_steps))
+    return stop_gradient(_init(operator, key, block_size, num_steps))
+
+
+def _init(
+    operator: LinearOperator, key: PRNGKeyArray, block_size: int, num_steps: int
+) -> PowerState:
+    in_size, out_size = operator.in_size(), operator.out_size()
+    block = min(block_size, in_size, out_size)
+    dtype = accumulation_dtype(operator)
+    u_key, v_key, key = jr.split(key, 3)
+    u = random_rows(u_key, block, out_size, dtype)
+    v = random_rows(v_key, block, in_size, dtype)
+    if num_steps > 0:
+        found = leading_triplets(
+            operator,
+            key,
+            count=block,
+            basis_size=max(num_steps, block),
+            max_cycles=1,
+            rtol=0.0,
+        )
+        finite = jnp.all(jnp.isfinite(found.u)) & jnp.all(jnp.isfinite(found.v))
+        u = keep_where((found.sigma > 0) & finite, found.u, u)
+        v = keep_where((found.sigma > 0) & finite, found.v, v)
+    momentum = jnp.zeros_like(v) if block > 1 else None
+    return _to_public(operator, RowState(u, v, momentum))
+
+
+def power_iterate(
+    operator: Matrix | LinearOperator | LatticeConvolution,
+    state: PowerState | LatticePowerState,
+    *,
+    num_steps: int = 1,
+) -> PowerState | LatticePowerState:
+    """Power iteration: brings the vectors of `state` closer to the operator's leading
+    singular vectors.
+
+    One step is one product with the adjoint and one with the operator. With one pair,
+    `v = A^H u / |A^H u|` and `u = A v / |A v|` (Miyato et al. 2018, algorithm 1). With
+    more, the best pairs (Rayleigh-Ritz) from the span of those products, the previous
+    `v` and the directions in which it last moved: a locally optimal block method
+    (Knyazev 2001).
+
+    **Arguments:**
+
+    - `operator`: as in [`spectrax.init_power_state`][].
+    - `state`: from `init_power_state`, for an operator of this shape.
+    - `num_steps`: how many steps. With 0 the state is returned as it is.
+
+    **Returns:**
+
+    The new state. It carries no derivative: the iteration sees a stopped operator. A
+    vector that the operator maps to zero is kept, and if the operator has a NaN or an
+    infinity all of them are.
+
+    **Raises:** `TypeError` or `ValueError` if `operator` is not a matrix or an
+    operator, if `state` is of other shapes, or if `num_steps < 0`.
+
+    !!! Example
+
+        ```python
+        import jax
+        import spectrax
+
+        weight = jax.random.normal(jax.random.key(0), (256, 128))
+        state = spectrax.init_power_state(weight)
+        state = spectrax.power_iterate(weight, state, num_steps=5)
+        sigma = spectrax.singular_value(weight, state)
+        ```
+    """
+    operator = stop_gradient(as_operator(operator))
+    check_num_steps(num_steps)
+    if isinstance(operator, LatticeConvolution):
+        _check_lattice_state(operator, state)
+        step = ft.partial(lattice_power_step, operator)
+        return stop_gradient(_repeat(step, state, num_steps))
+    rows = _to_rows(operator, state)
+    rows = _repeat(ft.partial(power_step, operator), rows, num_steps)
+    return stop_gradient(_to_public(operator, rows))
+
+
+def singular_value(
+    operator: Matrix | LinearOperator | LatticeConvolution,
+    state: PowerState | LatticePowerState,
+) -> Float[Array, ""]:
+    """`Re(u^H A v)` for the leading pair of `state`: the power iteration's estimate of
+    the spectral norm.
+
+    **Kind:** an estimate, never above the norm (rounding apart), as `u` and `v` are
+    unit vectors. Its error is of second order in that of the vectors.
+
+    **Derivatives:** in the operator, with `u` and `v` held fixed: `Re(u^H dA v)`. As
+    the norm's own first derivative has that form, it is accurate when the vectors are.
+    Second derivatives are zero; use [`spectrax.spectral_norm`][] where they matter.
+
+    **Arguments:**
+
+    - `operator`: as in [`spectrax.init_power_state`][].
+    - `state`: vectors for it. They are scaled to unit length here.
+
+    **Returns:**
+
+    A real scalar of dtype float32 or wider. Zero for a zero operator, NaN for one with
+    a NaN or an infinity.
+
+    **Cost:** one product with the operator.
+
+    **Raises:** as `power_iterate`.
+    """
+    operator = as_operator(operator)
+    if isinstance(operator, LatticeConvolution):
+        _check_lattice_state(operator, state)
+        return lattice_value(operator, state)
+    return leading_value(operator, _to_rows(operator, state))
+
+
+def residual_norm(
+    operator: LinearOperator | LatticeConvolution,
+    state: PowerState | LatticePowerState,
+) -> Float[Array, ""]:
+    """`|A^H u - sigma v| / sigma` of the leading pair: zero if it has converged."""
+    operator = as_operator(operator)
+    if isinstance(operator, LatticeConvolution):
+        _check_lattice_state(operator, state)
+        return lattice_residual(operator, state)
+    return leading_residual(operator, _to_rows(operator, state))
+
+
+def check_num_steps(num_steps: int, name: str = "num_steps") -> None:
+    """Raises if `num_steps` is not a count."""
+    if num_steps < 0:
+        raise ValueError(f"expected `{name}` to be at least 0, got {num_steps}.")
+
+
+def _repeat(
+    step: Callable[[PyTree], PyTree], state: PyTree, num_steps: int
+) -> PyTree:
+    if num_steps <= 1:
+        return step(state) if num_steps == 1 else state
+    return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), state)
+
+
+def _to_rows(operator: LinearOperator, state: PowerState | LatticePowerState) -> RowState:
+    if not isinstance(state, PowerState):
+        raise TypeError(
+            "expected `state` to be a `PowerState` from "
+            f"`spectrax.init_power_state(operator)`, got {type(state).__name__}."
+        )
+    out_structure, in_structure = operator.out_structure(), operator.in_structure()
+    _check_rows("u", state.u, out_structure)
+    _check_rows("v", state.v, in_structure)
+    dtype = accumulation_dtype(operator)
+    momentum = None if state.momentum is None else pack_rows(state.momentum, dtype)
+    return RowState(pack_rows(state.u, dtype), pack_rows(state.v, dtype), momentum)
+
+
+def _to_public(operator: LinearOperator, rows: RowState) -> PowerState:
+    in_structure = operator.in_structure()
+    dtype = accumulation_dtype(operator)
+
+    def structured(block: Rows) -> StructuredRows:
+        return unpack_rows(block, in_structure, dtype)
+
+    return PowerState(
+        unpack_rows(rows.u, operator.out_structure(), dtype),
+        structured(rows.v),
+        None if rows.momentum is None else structured(rows.momentum),
+    )
+
+
+def _check_rows(
+    name: str, rows: StructuredRows, structure: PyTree[jax.ShapeDtypeStruct]
+) -> None:
+    got = jtu.tree_map(lambda x: x.shape[1:], rows)
+    expected = jtu.tree_map(lambda x: x.shape, structure)
+    if got != expected:
+        raise ValueError(
+            f"expected `state.{name}` to hold vectors of shape {expected}, those of the "
+            f"operator, got {got}. Make the state with "
+            "`spectrax.init_power_state(operator)` for an operator of this shape."
+        )
+
+
+def _check_lattice_state(
+    operator: LatticeConvolution, state: PowerState | LatticePowerState
+) -> None:
+    if not isinstance(state, LatticePowerState):
+        raise TypeError(
+            "expected `state` to be a `LatticePowerState`, as the operator is a "
+            f"convolution at every input size; got {type(state).__name__}. Make it "
+            "with `spectrax.init_power_state(operator)`."
+        )
+    groups, out, in_ = operator.kernel.shape[:3]
+    expected = (groups, out), (groups, in_), (groups, operator.dim)
+    u, v = state.u.shape, state.v.shape
+    got = (u[0], u[-1]), (v[0], v[-1]), state.frequency.shape[::2]
+    if got != expected:
+        raise ValueError(
+            "expected `state` to have (groups, out), (groups, in) and (groups, dim) "
+            f"{expected}, those of the convolution, got {got}. Make the state with "
+            "`spectrax.init_power_state(operator)` for an operator of this shape."
+        )

@@ -1,0 +1,71 @@
+"""The small linear algebra on blocks of vectors kept as rows.
+
+Everything here stays finite where the vectors are finite, whatever their scale: rows
+are divided by their largest entry before anything is squared.
+"""
+
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Inexact, PRNGKeyArray
+
+from .._custom_types import DType, Rows
+
+
+_Tree = TypeVar("_Tree")
+
+
+def stop_gradient(tree: _Tree) -> _Tree:
+    """`lax.stop_gradient` on the arrays of any pytree."""
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(lax.stop_gradient(arrays), rest)
+
+
+def matmul(a: Inexact[Array, "a b"], b: Inexact[Array, "b c"]) -> Array:
+    """A product that no accelerator rounds to fewer bits than its dtype has."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def inner(a: Inexact[Array, "p n"], b: Inexact[Array, "q n"]) -> Inexact[Array, "p q"]:
+    """`sum_k a_ik conj(b_jk)`: each row of `a` against each row of `b`."""
+    return matmul(a, jnp.conj(b).T)
+
+
+def normalize_rows(rows: Rows) -> tuple[Rows, Float[Array, " block"]]:
+    """Rows of unit length, and the lengths they had. A zero row stays zero."""
+    largest = jnp.max(jnp.abs(rows), axis=1)
+    scale = jnp.where(largest > 0, largest, 1)
+    scaled = rows / scale[:, None]
+    # At least 1 for a nonzero row, so that no division can overflow.
+    length = jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2, axis=1))
+    return scaled / jnp.where(length > 0, length, 1)[:, None], scale * length
+
+
+def orthonormalize(rows: Rows) -> Rows:
+    """An orthonormal basis of the rows' span, by Cholesky on their Gram matrix.
+
+    Expects rows of unit or zero length. A tiny multiple of the identity is added to the
+    Gram matrix, so that a row which depends on those before it becomes (almost) zero
+    instead of noise.
+    """
+    size = rows.shape[0]
+    ridge = 10 * size * jnp.finfo(rows.dtype).eps
+    gram = inner(rows, rows) + ridge * jnp.eye(size, dtype=rows.dtype)
+    factor = jnp.linalg.cholesky(gram)
+    return lax.linalg.triangular_solve(factor, rows, left_side=True, lower=True)
+
+
+def random_rows(key: PRNGKeyArray, block: int, size: int, dtype: DType) -> Rows:
+    """Unit vectors, uniformly distributed on the (complex) sphere."""
+    return normalize_rows(jr.normal(key, (block, size), dtype))[0]
+
+
+def keep_where(
+    condition: Array, new: Inexact[Array, "block size"], old: Rows
+) -> Inexact[Array, "block size"]:
+    """Chooses row by row."""
+    return jax.vmap(jnp.where)(condition, new, old)

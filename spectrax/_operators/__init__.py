@@ -1,0 +1,14 @@
+from ._convert import as_operator as as_operator
+from ._convolution import (
+    convolution_operator as convolution_operator,
+    convolution_transpose_operator as convolution_transpose_operator,
+)
+from ._flatten import flattened_kernel as flattened_kernel
+from ._lattice import LatticeConvolution as LatticeConvolution
+from ._products import (
+    accumulation_dtype as accumulation_dtype,
+    adjoint_rows as adjoint_rows,
+    apply_rows as apply_rows,
+    pack_rows as pack_rows,
+    unpack_rows as unpack_rows,
+)

@@ -1,0 +1,53 @@
+"""What a user may hand to a norm: a matrix or a lineax operator."""
+
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array
+
+from .._custom_types import LinearOperator
+from ._lattice import LatticeConvolution
+
+
+def as_operator(operator: object) -> LinearOperator | LatticeConvolution:
+    """Returns `operator` as a lineax operator; a 2-D array becomes its matrix.
+
+    Operators (lineax's, and `LatticeConvolution`) pass through unchanged.
+
+    **Raises:**
+
+    - `TypeError` if `operator` is neither an array nor an operator, or not of a
+        floating-point or complex dtype.
+    - `ValueError` if an array is not two-dimensional, or empty.
+    """
+    if isinstance(operator, LatticeConvolution | lx.AbstractLinearOperator):
+        return operator
+    if not isinstance(operator, Array | np.ndarray):
+        raise TypeError(
+            "expected `operator` to be a 2-D array or a `lineax` operator, got "
+            f"{type(operator).__name__}. Pass `layer.weight`, or "
+            "`spectrax.layer_operator(layer)` for a layer."
+        )
+    if not jnp.issubdtype(operator.dtype, jnp.inexact):
+        raise TypeError(
+            "expected an array of floating-point or complex dtype, got "
+            f"{operator.dtype}. Convert it first, for example with `.astype(float)`."
+        )
+    if operator.ndim < 2:
+        raise ValueError(
+            "expected a 2-D array, got one of shape "
+            f"{operator.shape}: a scalar or a vector is not a linear map between "
+            "vectors. Choose a weight with at least two axes."
+        )
+    if operator.ndim > 2:
+        raise ValueError(
+            f"expected a 2-D array, got one of shape {operator.shape}. Use `jax.vmap` "
+            "for a stack of matrices; for a convolution's kernel pass "
+            "`spectrax.layer_operator(layer)`, or a `view` such as "
+            "`spectrax.flattened_kernel`."
+        )
+    if operator.size == 0:
+        raise ValueError(
+            f"expected a matrix with entries, got one of shape {operator.shape}."
+        )
+    return lx.MatrixLinearOperator(jnp.asarray(operator))

@@ -1,0 +1,151 @@
+"""A convolution at every input size at once.
+
+On the infinite lattice a convolution is diagonalised by plane waves: at frequency `w`
+it acts as the matrix `F(w) = sum_t K_t exp(i w.t)`, its symbol, and its norm is the
+largest `sigma(F(w))`. A zero-padded convolution of any finite size, transposed or not,
+is a compression of that operator, and a circular one has the norms of `F` on a grid of
+frequencies, so the supremum over the frequencies bounds them all.
+"""
+
+import math
+from typing import cast
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float, Inexact
+
+
+class LatticeConvolution(eqx.Module):
+    """A convolution's linear part without an input size: on the infinite lattice.
+
+    Its norm, `gain * max_w sigma(F(w))` over all frequencies `w` in `[0, 2 pi)^d`, is
+    never below the norm of the convolution at any finite input size, and for zero
+    padding it is the limit for large inputs. `F` is the symbol of the kernel after
+    `stride` has been folded into channels (space to depth, which is unitary).
+
+    `gain` is 1 for zero padding and for circular padding with stride 1. Other paddings
+    repeat parts of the input, so that they can exceed the norm on the lattice, and
+    `gain` is the factor by which that can happen over all input sizes; it is proven,
+    not tight. Build the operator with `spectrax.layer_operator(layer, input_size=...)`
+    if you know the size.
+
+    The fields are data for the norms of this library; it is not a `lineax` operator,
+    as its vectors have no finite size.
+    """
+
+    kernel: Inexact[Array, "groups out in *taps"]
+    gain: float = eqx.field(static=True)
+
+    def symbol(
+        self, frequency: Float[Array, "points dim"]
+    ) -> Complex[Array, "groups points out in"]:
+        """The matrix `F(w)` of every group at each of the given frequencies."""
+        phases = jnp.exp(1j * frequency @ self.tap_positions().T)
+        taps = self.kernel.reshape(*self.kernel.shape[:3], -1).astype(phases.dtype)
+        return jnp.einsum("goit,pt->gpoi", taps, phases, precision="highest")
+
+    def tap_positions(self) -> Float[Array, "taps dim"]:
+        """The lattice points on which the kernel lives, one per row."""
+        real = jnp.finfo(jnp.promote_types(self.kernel.dtype, jnp.float32)).dtype
+        axes = [jnp.arange(k, dtype=real) for k in self.kernel.shape[3:]]
+        return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+
+    @property
+    def dim(self) -> int:
+        """The number of spatial dimensions."""
+        return self.kernel.ndim - 3
+
+
+def lattice_convolution(
+    weight: Inexact[Array, "out in_per_group *taps"],
+    *,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    gain: float,
+) -> LatticeConvolution:
+    """The lattice operator of `equinox.nn.Conv` with this weight and configuration."""
+    out, in_per_group, *taps = weight.shape
+    kernel = weight.reshape(groups, out // groups, in_per_group, *taps)
+    for axis, (s, d) in enumerate(zip(stride, dilation, strict=True), start=3):
+        # Dilation alone only permutes the frequencies; with a stride it matters.
+        if s > 1:
+            kernel = _fold_stride(_dilate(kernel, axis, d), axis, s)
+    return LatticeConvolution(kernel, gain)
+
+
+def lattice_convolution_transpose(
+    weight: Inexact[Array, "out in_per_group *taps"],
+    *,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> LatticeConvolution:
+    """The same for `equinox.nn.ConvTranspose`.
+
+    It is the transpose of a strided convolution from its output to its input, and an
+    operator and its transpose have one norm.
+    """
+    out, in_per_group, *taps = weight.shape
+    kernel = weight.reshape(groups, out // groups, in_per_group, *taps)
+    kernel = jnp.flip(jnp.swapaxes(kernel, 1, 2), tuple(range(3, kernel.ndim)))
+    kernel = kernel.reshape(groups * in_per_group, out // groups, *taps)
+    return lattice_convolution(
+        kernel, stride=stride, dilation=dilation, groups=groups, gain=1.0
+    )
+
+
+def _dilate(kernel: Array, axis: int, dilation: int) -> Array:
+    config = [(0, 0, dilation - 1 if i == axis else 0) for i in range(kernel.ndim)]
+    return lax.pad(kernel, jnp.zeros((), kernel.dtype), config)
+
+
+def _fold_stride(kernel: Array, axis: int, stride: int) -> Array:
+    """Writes tap `t = stride * a + r` as tap `a` of input channel `(channel, r)`."""
+    extent = kernel.shape[axis]
+    blocks = math.ceil(extent / stride)
+    pad = [(0, 0)] * kernel.ndim
+    pad[axis] = (0, blocks * stride - extent)
+    kernel = jnp.pad(kernel, pad)
+    shape = (*kernel.shape[:axis], blocks, stride, *kernel.shape[axis + 1 :])
+    kernel = jnp.moveaxis(kernel.reshape(shape), axis + 1, 3)
+    shape = (*kernel.shape[:2], -1, *kernel.shape[4:])
+    return kernel.reshape(cast(tuple[int, ...], shape))
+
+
+def boundary_gain(
+    padding_mode: str,
+    padding: tuple[tuple[int, int], ...],
+    extent: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> float:
+    """How far a padded convolution can exceed its lattice norm, over all input sizes.
+
+    With `P` the total padding of an axis, `E` the kernel's extent less one, `s` the
+    stride and `x` the unpadded signal:
+
+    - zeros: the map is a compression of the lattice operator: 1.
+    - circular: a stride-1 map is a circulant, of which at most `1 + max(0, P - E)`
+        copies of each output exist. Striding keeps a subset of the outputs, and the
+        stride-1 norm is at most `sqrt(s)` times the strided one.
+    - reflect: the padded signal lies on the circle of `2n - 2` points, where every
+        sample appears at most twice: a further `sqrt(2)`.
+    - replicate: the padded signal, on the line, contains the edge samples
+        `max(p_low, p_high) + 1` times; for inputs of size one the map is the sum of the
+        taps, as in the circular case.
+    """
+    if padding_mode == "ZEROS":
+        return 1.0
+    gain = 1.0
+    for (low, high), e, s in zip(padding, extent, stride, strict=True):
+        if low == high == 0:
+            continue
+        circular = s * (1 + max(0, low + high - e))
+        if padding_mode == "CIRCULAR":
+            gain *= circular
+        elif padding_mode == "REFLECT":
+            gain *= 2 * circular
+        else:
+            gain *= max(max(low, high) + 1, circular)
+    return math.sqrt(gain)

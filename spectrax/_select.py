@@ -1,0 +1,166 @@
+"""Which weights of a model `wrap` constrains."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._rules import array_rule, known_layers, rules_for, WeightRule
+from ._tree import as_path, follow, nodes, Path, path_string
+
+
+class _Marked:
+    """Stands for a leaf of the model while `where` looks at it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+
+def rule_at(model: PyTree, path: Path) -> tuple[Any, WeightRule]:
+    """The layer that a weight belongs to, and the rule for the weight.
+
+    An array that no layer is known to have as a weight is taken for a matrix, or a
+    stack of matrices.
+    """
+    kind, name = path[-1] if path else ("item", "")
+    layer = follow(model, path[:-1])
+    for rule in rules_for(layer) or ():
+        if kind == "attr" and rule.name == name:
+            return layer, rule
+    return None, array_rule(str(name))
+
+
+def find_weights(model: PyTree) -> list[Path]:
+    """The weights of all layers of known types. Warns of matrices that are none."""
+    paths, strangers = _search(model, ())
+    if not paths:
+        raise ValueError(
+            "expected a model with a weight to constrain, found none. It has the layers "
+            f"{_layers_of(model)} and the arrays {_arrays_of(model)}; known layers are "
+            f"{known_layers()}. Teach `wrap` your layer with `spectrax.register_layer`, "
+            "or point at an array with `where`."
+        )
+    if strangers:
+        names = ", ".join(path_string(path) for path in strangers)
+        warnings.warn(
+            f"`spectrax.wrap` leaves these arrays as they are, as it knows no layer that "
+            f"has them as weights: {names}. To constrain them use "
+            "`spectrax.register_layer` or `where`; to silence this, name what you want "
+            "with `where`.",
+            stacklevel=4,
+        )
+    return paths
+
+
+def _search(node: PyTree, root: Path) -> tuple[list[Path], list[Path]]:
+    """The weights below a node, and the matrices outside all known layers."""
+    rules = rules_for(node)
+    paths, strangers = [], []
+    for rule in rules or ():
+        if not _is_tied(getattr(node, rule.name)):
+            paths.append((*root, ("attr", rule.name)))
+
+    def is_inner(inner: Any) -> bool:
+        if isinstance(inner, eqx.nn.StateIndex):
+            return True
+        return inner is not node and rules_for(inner) is not None
+
+    for key_path, inner in nodes(node, is_inner):
+        path = (*root, *as_path(key_path))
+        if rules_for(inner) is not None and inner is not node:
+            inner_paths, inner_strangers = _search(inner, path)
+            paths += inner_paths
+            strangers += inner_strangers
+        elif rules is None and eqx.is_inexact_array(inner) and inner.ndim >= 2:
+            strangers.append(path)
+    return paths, strangers
+
+
+def _is_tied(weight: Any) -> bool:
+    """Whether `equinox.nn.Shared` has taken the weight away: it lives elsewhere."""
+    return type(weight).__name__ == "SharedNode"
+
+
+def select_weights(
+    model: PyTree, where: Callable[[PyTree], Any]
+) -> tuple[list[list[Path]], bool]:
+    """The weights in each of the nodes that `where` returns, and whether it returned a
+    sequence of them."""
+    marked = jtu.tree_map_with_path(lambda keys, _: _Marked(as_path(keys)), model)
+    chosen = where(marked)
+    several = isinstance(chosen, list | tuple)
+    targets = list(chosen) if several else [chosen]
+    return [_weights_in(model, target) for target in targets], several
+
+
+def _weights_in(model: PyTree, target: Any) -> list[Path]:
+    if isinstance(target, _Marked):
+        return [target.path]
+    leaves = jtu.tree_leaves(target)
+    if not leaves or not all(isinstance(leaf, _Marked) for leaf in leaves):
+        raise TypeError(
+            "expected `where` to select layers or arrays of the model, got "
+            f"{target!r} of type {type(target).__name__}. Return nodes of the model, as "
+            "in `where=lambda model: model.layers[0]`."
+        )
+    inside = {leaf.path for leaf in leaves}
+    paths = [path for path in _search(model, ())[0] if path in inside]
+    if not paths:
+        raise ValueError(
+            f"expected `where` to select something with a weight to constrain, got a "
+            f"{type(target).__name__} with the arrays {_arrays_of(target, model)}; known "
+            f"layers are {known_layers()}. Teach `wrap` your layer with "
+            "`spectrax.register_layer`, or select the array itself."
+        )
+    return paths
+
+
+def check_weight(model: PyTree, path: Path) -> Array:
+    """The array at the path, if it is one that can be constrained."""
+    weight = follow(model, path)
+    name = path_string(path)
+    if not eqx.is_array(weight):
+        raise TypeError(
+            f"expected the weight `{name}` to be a JAX array, got "
+            f"{type(weight).__name__}. Select the array, or convert it with "
+            "`jax.numpy.asarray`."
+        )
+    if not eqx.is_inexact_array(weight):
+        raise TypeError(
+            f"expected the weight `{name}` to be of floating-point or complex dtype, got "
+            f"{weight.dtype}. Leave it out with `where`, or convert it."
+        )
+    layer, rule = rule_at(model, path)
+    if weight.ndim < 2 or rule.stack_ndim(layer, weight) < 0:
+        raise ValueError(
+            f"expected the weight `{name}` to have at least two axes, got shape "
+            f"{weight.shape}: a scalar or a vector is no linear map between vectors. "
+            "Leave it out with `where`."
+        )
+    return weight
+
+
+def _layers_of(model: PyTree) -> list[str]:
+    found: set[str] = set()
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, eqx.Module):
+            found.add(type(node).__name__)
+        return False
+
+    jtu.tree_leaves(model, is_leaf=visit)
+    return sorted(found)
+
+
+def _arrays_of(tree: PyTree, model: PyTree | None = None) -> list[str]:
+    """The arrays of a tree, or those of the model that a marked tree stands for."""
+    named = []
+    for key_path, leaf in jtu.tree_flatten_with_path(tree)[0]:
+        path = leaf.path if isinstance(leaf, _Marked) else as_path(key_path)
+        value = follow(model, path) if isinstance(leaf, _Marked) else leaf
+        if eqx.is_array(value):
+            named.append(f"{path_string(path)} {value.shape}")
+    return named

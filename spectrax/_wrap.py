@@ -1,0 +1,490 @@
+"""Constraints on the weights of a model that does not know of them."""
+
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ._constraints import AbstractConstraint, apply_scale, Normalize
+from ._norms import AbstractEstimator, PowerIteration
+from ._operators import as_operator
+from ._rules import InputSize, Operator
+from ._select import check_weight, find_weights, rule_at, select_weights
+from ._tree import as_path, follow, nodes, Path, path_string, replace
+
+
+_View = Callable[[Array], Operator | Array]
+
+
+class Site(eqx.Module):
+    """One constrained weight: where it is, and what belongs to it."""
+
+    path: Path = eqx.field(static=True)
+    view: _View | None = eqx.field(static=True)
+    input_size: tuple[int, ...] | None = eqx.field(static=True)
+    estimator: AbstractEstimator
+    # The constraint is found in the model if it is trained, else in the state.
+    trained_constraint: AbstractConstraint | None = None
+    fixed_constraint: eqx.nn.StateIndex | None = None
+    estimate: eqx.nn.StateIndex | None = None
+
+    def constraint(self, state: eqx.nn.State) -> AbstractConstraint:
+        """The constraint, wherever it is."""
+        if self.fixed_constraint is None:
+            assert self.trained_constraint is not None
+            return self.trained_constraint
+        return state.get(self.fixed_constraint)
+
+
+class Wrapped(eqx.nn.StatefulLayer):
+    """A module some of whose weights are constrained: what [`spectrax.wrap`][] returns.
+
+    A pytree with the raw weights as its trainable leaves. The vectors of power iteration
+    and fixed bounds are in the `equinox.nn.State`.
+
+    - `module`: the module as it was given, with raw weights.
+    - `sites`: the constrained weights. [`spectrax.summary`][] shows them.
+    - `inference`: if `True`, nothing advances. Set by `equinox.nn.inference_mode`.
+    """
+
+    module: Any
+    sites: tuple[Site, ...]
+    inference: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Advances the state, then calls the module with constrained weights.
+
+        **Arguments:** the module's own, then `state`, the last positional or a keyword
+        argument.
+
+        **Returns:**
+
+        The module's output and the new state. A module that itself carries state, as
+        one with `equinox.nn.BatchNorm` does, is handed the state and returns the pair
+        itself.
+
+        **Raises:** `TypeError` if there is no state.
+        """
+        state, place = _find_state(args, kwargs)
+        if state is None:
+            if self.sites:
+                raise TypeError(
+                    "expected an `equinox.nn.State` among the arguments, as in "
+                    "`model(*args, state)`, got none. The state comes from "
+                    "`equinox.nn.make_with_state(spectrax.wrap)(module)`."
+                )
+            return self.module(*args, **kwargs)
+        module = self.module
+        if self.sites:
+            state = advance(self, state)
+            module = unwrap(self, state)
+        if _is_stateful(module):
+            args, kwargs = _put(args, kwargs, place, [state])
+            return module(*args, **kwargs)
+        args, kwargs = _put(args, kwargs, place, [])
+        return module(*args, **kwargs), state
+
+    def is_stateful(self) -> bool:
+        """Whether a state has to be passed: not once it is unwrapped."""
+        return bool(self.sites) or _is_stateful(self.module)
+
+
+def wrap(
+    module: PyTree,
+    *,
+    constraint: AbstractConstraint | Sequence[AbstractConstraint] = Normalize(),
+    estimator: AbstractEstimator | Sequence[AbstractEstimator] = PowerIteration(),
+    where: Callable[[PyTree], Any] | None = None,
+    view: _View | None = None,
+    input_size: Sequence[int] | None = None,
+    state: eqx.nn.State | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Wrapped:
+    """Constrains the weights of a layer, or of every layer of a model.
+
+    The module's own code does not change: at each call it runs with constrained weights
+    in the place of the raw ones. To be made into a model and its state by
+    `equinox.nn.make_with_state(spectrax.wrap)(module)`, or inside the `__init__` of
+    another module that is made so.
+
+    What the bound of a weight means, for each layer type: for `Linear`, `Conv1d/2d/3d`
+    and `ConvTranspose1d/2d/3d` it bounds the layer's Lipschitz constant, for
+    convolutions at every input size. For `Embedding` it is the norm of the table, which
+    no embedding exceeds in length. For `GRUCell` and `LSTMCell` it holds for
+    `weight_ih` and `weight_hh`, each with all gates stacked. `MultiheadAttention` and
+    `MLP` are constrained in their `Linear` layers; dot-product attention itself has no
+    global Lipschitz constant. Other types: [`spectrax.register_layer`][].
+
+    **Arguments:**
+
+    - `module`: a layer or any pytree of layers. Weights with axes in front, as
+        `equinox.filter_vmap` makes them, are stacks with one norm each. Weights tied by
+        `equinox.nn.Shared` are one weight.
+    - `constraint`: what is done with the norm: [`spectrax.Normalize`][],
+        [`spectrax.Clip`][], [`spectrax.ClipToInitial`][] or
+        [`spectrax.LearnableBound`][].
+    - `estimator`: how the norm is found: [`spectrax.PowerIteration`][] or
+        [`spectrax.ExactSVD`][].
+    - `where`: chooses layers, submodules or arrays, as in `equinox.tree_at`:
+        `where=lambda model: [model.layers[0], model.head]`. By default, every layer of a
+        known type. If it returns a sequence, `constraint` and `estimator` may be
+        sequences of the same length, one for each node.
+    - `view`: how the chosen weights act, a function from a weight to a matrix or an
+        operator; it replaces what is known of the layer. `spectrax.flattened_kernel`
+        gives the reshaped kernel of Miyato et al. (2018).
+    - `input_size`: for the chosen convolutions, the spatial sizes of their input. The
+        bound is then on the norm at this size (and for zero padding at smaller ones),
+        instead of at every size.
+    - `state`: the state of `module`, if it has been separated from it already, as with a
+        trained model that has `equinox.nn.BatchNorm`.
+    - `key`: randomness of the starting vectors. Optional; a fixed key if not given.
+
+    **Returns:**
+
+    A [`spectrax.Wrapped`][]. Called as `y, state = wrapped(*args, state)`.
+
+    **Cost:** here, 32 products of each weight and its adjoint with a vector. At each
+    call, that of [`spectrax.advance`][] and [`spectrax.unwrap`][].
+
+    **Raises:** `ValueError` if there is nothing to constrain, if something is wrapped
+    already, if a weight has fewer than two axes, if a weight is chosen twice, if the
+    lengths of sequences differ, or if `input_size` fits no chosen layer; `TypeError` if
+    `where` selects something that is not an array of floating-point or complex dtype.
+    Warns if it passes by a matrix that no known layer has as its weight.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import spectrax
+
+        key = jax.random.key(0)
+        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
+        model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)
+
+
+        @eqx.filter_jit
+        def evaluate(model, state, x):
+            return model(x, state)
+
+
+        y, state = evaluate(model, state, jax.random.normal(key, (64,)))
+        ```
+    """
+    _check_unwrapped(module)
+    if state is not None:
+        module = _with_state(module, state)
+    if where is None:
+        targets, several = [find_weights(module)], False
+    else:
+        targets, several = select_weights(module, where)
+    constraints = _for_each(constraint, AbstractConstraint, "constraint", targets, several)
+    estimators = _for_each(estimator, AbstractEstimator, "estimator", targets, several)
+    size = None if input_size is None else tuple(input_size)
+    key = jr.key(0) if key is None else key
+    sites: list[Site] = []
+    fitting = False
+    for paths, constraint_, estimator_ in zip(
+        targets, constraints, estimators, strict=True
+    ):
+        for path in paths:
+            if any(site.path == path for site in sites):
+                raise ValueError(
+                    f"expected each weight once, got `{path_string(path)}` twice. Let "
+                    "`where` return nodes that do not overlap."
+                )
+            check_weight(module, path)
+            sized = rule_at(module, path)[1].sized and view is None
+            fitting |= sized
+            site = Site(path, view, size if sized else None, estimator_)
+            site_key = jr.fold_in(key, len(sites))
+            sites.append(_with_estimate(module, site, constraint_, site_key))
+    if size is not None and not fitting:
+        raise ValueError(
+            f"expected `input_size` with a convolution among the chosen layers, got "
+            f"{size} and none whose norm depends on it. Leave it out."
+        )
+    return Wrapped(module, tuple(sites), inference=False)
+
+
+def advance(
+    model: PyTree, state: eqx.nn.State, *, num_steps: int | None = None
+) -> eqx.nn.State:
+    """Brings the estimates of all constrained weights up to date with the weights.
+
+    To be called once after (or before) each update of the weights; any number of calls
+    of the model can then share one [`spectrax.unwrap`][]. Calling a wrapped model does
+    it by itself. Modules in inference mode are left alone.
+
+    **Arguments:**
+
+    - `model`: what `wrap` returned, or any pytree with such modules in it.
+    - `state`: the model's state. As always with `equinox.nn.State`, the old one becomes
+        invalid.
+    - `num_steps`: steps of power iteration; by default as many as each weight's
+        estimator was made with.
+
+    **Returns:**
+
+    The new state. It carries no derivative.
+
+    **Cost:** for each weight, that of its estimator's step: see
+    [`spectrax.PowerIteration`][].
+
+    **Raises:** `ValueError` if nothing in `model` is wrapped, if `num_steps < 0`, or,
+    by Equinox, if `state` is an old one.
+
+    !!! Example
+
+        A GAN's critic sees real and generated samples with the same weights:
+
+        ```python
+        import equinox as eqx
+        import jax
+        import spectrax
+
+        key = jax.random.key(0)
+        critic = eqx.nn.MLP(2, "scalar", width_size=32, depth=2, key=key)
+        critic, state = eqx.nn.make_with_state(spectrax.wrap)(critic)
+
+
+        @eqx.filter_value_and_grad(has_aux=True)
+        def loss(critic, state, real, fake):
+            state = spectrax.advance(critic, state)
+            plain = spectrax.unwrap(critic, state)
+            difference = jax.vmap(plain)(fake) - jax.vmap(plain)(real)
+            return difference.mean(), state
+
+
+        real, fake = jax.random.normal(key, (2, 16, 2))
+        (value, state), gradient = loss(critic, state, real, fake)
+        ```
+    """
+    for wrapped in wrapped_modules(model, "advance"):
+        if wrapped.inference:
+            continue
+        for site in wrapped.sites:
+            old = state.get(site.estimate)
+            operators, depth = site_operators(wrapped.module, site)
+            new = _advance(site.estimator, operators, old, depth, num_steps)
+            state = state.set(site.estimate, new)
+    return state
+
+
+def unwrap(model: PyTree, state: eqx.nn.State) -> PyTree:
+    """The model as it was before it was wrapped, with constrained weights.
+
+    Of the original classes, with all their methods, and differentiable: a loss of the
+    result has derivatives with respect to the raw weights in `model`, through the norms
+    (whose singular vectors are held fixed) and through trained bounds.
+
+    **Kind:** as the estimator's. With power iteration the norms are those that the state
+    has seen: call `advance` after an update of the weights.
+
+    **Arguments:**
+
+    - `model`: what `wrap` returned, or any pytree with such modules in it.
+    - `state`: the model's state. It stays valid.
+
+    **Returns:**
+
+    `model` with each wrapped module replaced by its plain one. Inside another module,
+    whose own code passes a state, it is replaced by a [`spectrax.Wrapped`][] with
+    nothing left to do, which can be called with a state and without.
+
+    **Cost:** for each weight, one product with a vector and one pass to scale it.
+
+    **Raises:** `ValueError` if nothing in `model` is wrapped or, by Equinox, if `state`
+    is an old one.
+    """
+    wrapped_modules(model, "unwrap")
+
+    def plain(key_path: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, Wrapped):
+            return node
+        module = _constrained(node, state)
+        inside_module = any(isinstance(key, jtu.GetAttrKey) for key in key_path)
+        return Wrapped(module, (), inference=True) if inside_module else module
+
+    return jtu.tree_map_with_path(plain, model, is_leaf=_is_wrapped)
+
+
+def wrapped_modules(model: PyTree, caller: str) -> list[Wrapped]:
+    """All wrapped modules in a pytree; raises if there is none."""
+    found = [node for _, node in nodes(model, _is_wrapped) if _is_wrapped(node)]
+    if not any(wrapped.sites for wrapped in found):
+        raise ValueError(
+            f"`spectrax.{caller}` expected a model with something wrapped in it, got "
+            f"{type(model).__name__} with nothing. Wrap it first: `model, state = "
+            "equinox.nn.make_with_state(spectrax.wrap)(model)`."
+        )
+    return found
+
+
+def site_norm(wrapped: Wrapped, site: Site, state: eqx.nn.State) -> Float[Array, "..."]:
+    """The norm of a site's raw weight, one for each layer of a stack."""
+    operators, depth = site_operators(wrapped.module, site)
+    return _sigma(site.estimator, operators, state.get(site.estimate), depth)
+
+
+def site_operators(module: PyTree, site: Site) -> tuple[Operator, int]:
+    """How a site's weight acts, and the number of stacked axes: the operator's arrays
+    have those axes in front, so that it is to be used under as many `vmap`s."""
+    weight = follow(module, site.path)
+    layer, rule = rule_at(module, site.path)
+    if site.view is None:
+        build = ft.partial(rule.view, layer, input_size=site.input_size)
+    else:
+        view = site.view
+        build = lambda weight: as_operator(view(weight))  # noqa: E731
+    # An array of no known layer may have any number of axes if the view says so.
+    depth = 0 if layer is None and site.view else rule.stack_ndim(layer, weight)
+    return over_stack(build, depth)(weight), depth
+
+
+def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
+    """Maps over the first `depth` axes of every array among the arguments."""
+    for _ in range(depth):
+        function = eqx.filter_vmap(function)
+    return function
+
+
+# Compiled even where the caller is not, as these are many small operations.
+@eqx.filter_jit
+def _init(
+    estimator: AbstractEstimator, operators: Operator, key: PRNGKeyArray, depth: int
+) -> PyTree:
+    return over_stack(ft.partial(estimator.init, key=key), depth)(operators)
+
+
+@eqx.filter_jit
+def _advance(
+    estimator: AbstractEstimator,
+    operators: Operator,
+    estimate: PyTree,
+    depth: int,
+    num_steps: int | None,
+) -> PyTree:
+    step = ft.partial(estimator.advance, num_steps=num_steps)
+    return over_stack(step, depth)(operators, estimate)
+
+
+@eqx.filter_jit
+def _sigma(
+    estimator: AbstractEstimator, operators: Operator, estimate: PyTree, depth: int
+) -> Float[Array, "..."]:
+    return over_stack(estimator.sigma, depth)(operators, estimate)
+
+
+def _constrained(wrapped: Wrapped, state: eqx.nn.State) -> PyTree:
+    weights = []
+    for site in wrapped.sites:
+        weight = follow(wrapped.module, site.path)
+        scale = site.constraint(state).scale(site_norm(wrapped, site, state))
+        weights.append(apply_scale(weight, scale))
+    return replace(wrapped.module, [site.path for site in wrapped.sites], weights)
+
+
+def _with_estimate(
+    module: PyTree, site: Site, constraint: AbstractConstraint, key: PRNGKeyArray
+) -> Site:
+    """A site with its first estimate, and the constraint made for its norm."""
+    operators, depth = site_operators(module, site)
+    estimate = _init(site.estimator, operators, key, depth)
+    sigma = _sigma(site.estimator, operators, estimate, depth)
+    constraint = constraint.init(sigma)
+    trained = constraint.trainable
+    return Site(
+        path=site.path,
+        view=site.view,
+        input_size=site.input_size,
+        estimator=site.estimator,
+        trained_constraint=constraint if trained else None,
+        fixed_constraint=None if trained else eqx.nn.StateIndex(constraint),
+        estimate=eqx.nn.StateIndex(estimate),
+    )
+
+
+def _for_each(
+    value: Any, kind: type, name: str, targets: list[list[Path]], several: bool
+) -> list[Any]:
+    """One value for each target of `where`."""
+    if isinstance(value, kind):
+        return [value] * len(targets)
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, kind) for one in values):
+        raise TypeError(
+            f"expected `{name}` to be a spectrax {name} such as those of the API, or a "
+            f"sequence of them, got {value!r}. Pass an instance, with its parentheses."
+        )
+    if not several or len(values) != len(targets):
+        raise ValueError(
+            f"expected one `{name}`, or as many as `where` returns nodes "
+            f"({len(targets) if several else 'it returns no sequence'}), got "
+            f"{len(values)}."
+        )
+    return values
+
+
+def _find_state(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[eqx.nn.State | None, int | str]:
+    for place, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, eqx.nn.State):
+            return value, place
+    return None, 0
+
+
+def _put(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    place: int | str,
+    values: list[eqx.nn.State],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the one at `place` replaced by `values`, one or none."""
+    if isinstance(place, int):
+        return (*args[:place], *values, *args[place + 1 :]), kwargs
+    rest = {name: value for name, value in kwargs.items() if name != place}
+    return args, rest | {place: value for value in values}
+
+
+def _with_state(module: PyTree, state: eqx.nn.State) -> PyTree:
+    """Writes the values of a state back as the initial ones of a module."""
+    indices = [node for _, node in nodes(module, _is_index) if _is_index(node)]
+    if not indices:
+        raise ValueError(
+            "expected `state` with a module that carries state, got one with none. "
+            "Leave it out: the constraints' own state is made here."
+        )
+
+    def initial(node: Any) -> Any:
+        return eqx.nn.StateIndex(state.get(node)) if _is_index(node) else node
+
+    return jtu.tree_map(initial, module, is_leaf=_is_index)
+
+
+def _check_unwrapped(module: PyTree) -> None:
+    for key_path, node in nodes(module, _is_wrapped):
+        if _is_wrapped(node) and node.sites:
+            raise ValueError(
+                "expected a module without constraints, got one that is already "
+                f"wrapped at {path_string(as_path(key_path))}. Constrain each weight "
+                "once: choose with `where`, or `spectrax.unwrap` it first."
+            )
+
+
+def _is_wrapped(node: Any) -> bool:
+    return isinstance(node, Wrapped)
+
+
+def _is_index(node: Any) -> bool:
+    return isinstance(node, eqx.nn.StateIndex)
+
+
+def _is_stateful(module: PyTree) -> bool:
+    return any(_is_index(node) for _, node in nodes(module, _is_index))
