@@ -10,6 +10,11 @@ from ._constraints import (
     Normalize as Normalize,
     normalize as normalize,
 )
+from ._inspect import (
+    summary as summary,
+    Summary as Summary,
+    SummaryRow as SummaryRow,
+)
 from ._norms import (
     AbstractEstimator as AbstractEstimator,
     ExactSVD as ExactSVD,

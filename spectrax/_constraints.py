@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact, Real
 
 from ._custom_types import LinearOperator
+from ._dtypes import widest
 from ._norms import LatticePowerState, PowerState, singular_value
 from ._operators import LatticeConvolution
 
@@ -202,6 +203,7 @@ class LearnableBound(AbstractConstraint):
         """`bound / sigma`, and 0 at 0."""
         return _ratio(self.target(), sigma, at_zero=0.0)
 
+
 def normalize(
     weight: Inexact[Array, "..."],
     state: PowerState | LatticePowerState,
@@ -262,7 +264,7 @@ def apply_scale(
 ) -> Inexact[Array, "..."]:
     """`weight * scale` in the wider dtype, rounded once to that of `weight`."""
     scale = jnp.expand_dims(scale, tuple(range(scale.ndim, weight.ndim)))
-    wide = jnp.promote_types(weight.dtype, scale.dtype)
+    wide = widest(weight.dtype, scale.dtype)
     return (weight.astype(wide) * scale.astype(wide)).astype(weight.dtype)
 
 

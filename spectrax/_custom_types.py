@@ -9,7 +9,7 @@ Matrix: TypeAlias = Inexact[Array, "out in"]
 LinearOperator: TypeAlias = lx.AbstractLinearOperator
 
 # A block of vectors kept as rows: one vector per row, each raveled.
-Rows: TypeAlias = Inexact[Array, "block size"]
+Rows: TypeAlias = Inexact[Array, "_ _"]
 # The same block in the structure of the operator's input or output.
 StructuredRows: TypeAlias = PyTree[Inexact[Array, "block ..."]]
 

@@ -160,7 +160,9 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
         import spectrax
 
         conv = eqx.nn.Conv2d(3, 8, 3, padding=1, key=jax.random.key(0))
-        at_28 = spectrax.spectral_norm(spectrax.layer_operator(conv, input_size=(28, 28)))
+        at_28 = spectrax.spectral_norm(
+            spectrax.layer_operator(conv, input_size=(28, 28))
+        )
         at_all = spectrax.spectral_norm(spectrax.layer_operator(conv))
         assert at_28 <= at_all
         ```

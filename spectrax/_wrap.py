@@ -183,7 +183,9 @@ def wrap(
         targets, several = [find_weights(module)], False
     else:
         targets, several = select_weights(module, where)
-    constraints = _for_each(constraint, AbstractConstraint, "constraint", targets, several)
+    constraints = _for_each(
+        constraint, AbstractConstraint, "constraint", targets, several
+    )
     estimators = _for_each(estimator, AbstractEstimator, "estimator", targets, several)
     size = None if input_size is None else tuple(input_size)
     key = jr.key(0) if key is None else key

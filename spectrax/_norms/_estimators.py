@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._custom_types import LinearOperator
+from .._dtypes import real_dtype
 from .._operators import accumulation_dtype, LatticeConvolution
 from ._power_iteration import (
     check_num_steps,
@@ -145,4 +146,4 @@ class ExactSVD(AbstractEstimator[tuple[()]]):
     def residual(self, operator: _Operator, state: tuple[()]) -> Float[Array, ""]:
         """Zero."""
         del state
-        return jnp.zeros((), jnp.finfo(accumulation_dtype(operator)).dtype)
+        return jnp.zeros((), real_dtype(accumulation_dtype(operator)))

@@ -58,7 +58,9 @@ def leading_triplets(
     adjoint = ft.partial(adjoint_rows, operator)
     if out_size >= in_size:
         process = _Process(apply, adjoint, key)
-        return process.run(out_size, in_size, dtype, count, basis_size, max_cycles, rtol)
+        return process.run(
+            out_size, in_size, dtype, count, basis_size, max_cycles, rtol
+        )
     # The right basis lives in the smaller space, so that it can become complete.
     process = _Process(adjoint, apply, key)
     found = process.run(in_size, out_size, dtype, count, basis_size, max_cycles, rtol)

@@ -18,9 +18,7 @@ _NUM_STEPS = 32
 _NEWTON_STEPS = 3
 
 
-def lattice_norm(
-    operator: LatticeConvolution, find: TripletFinder
-) -> Float[Array, ""]:
+def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:
     """`gain` times the largest `sigma(F(w))` over the frequencies and the groups.
 
     At the best frequency `w` the derivative of `sigma(F(w))` with respect to `w` is
@@ -96,9 +94,7 @@ def _slope(
         lx.MatrixLinearOperator(_symbol(kernel, frequency)), find
     )
     slopes = jax.jacfwd(lambda w: _symbol(kernel, w))(frequency)
-    return jnp.real(
-        jnp.einsum("o,oid,i->d", jnp.conj(triplet.u), slopes, triplet.v)
-    )
+    return jnp.real(jnp.einsum("o,oid,i->d", jnp.conj(triplet.u), slopes, triplet.v))
 
 
 def _hessian(

@@ -24,6 +24,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, Inexact, Int, PRNGKeyArray
 
+from .._dtypes import real_dtype
 from .._operators import accumulation_dtype, LatticeConvolution
 from ._power import leading_residual, leading_value, power_step, RowState
 from ._rows import random_rows
@@ -44,11 +45,12 @@ class LatticePowerState(eqx.Module):
     - `leader`: the best candidate of each group, `[groups]`.
     """
 
-    u: Complex[Array, "groups cells block out"]
-    v: Complex[Array, "groups cells block in"]
-    momentum: Complex[Array, "groups cells block in"] | None
-    frequency: Float[Array, "groups cells dim"]
-    leader: Int[Array, " groups"]
+    # Under `vmap` a part of it may lack the first axes.
+    u: Complex[Array, "*groups cells block out"]
+    v: Complex[Array, "*groups cells block in"]
+    momentum: Complex[Array, "*groups cells block in"] | None
+    frequency: Float[Array, "*groups cells dim"]
+    leader: Int[Array, "*groups"]
 
 
 def init_lattice_state(
@@ -66,7 +68,7 @@ def init_lattice_state(
         return rows.reshape(groups, len(centres), block, size)
 
     v = start(v_key, in_)
-    frequency = jnp.asarray(centres, jnp.finfo(dtype).dtype)
+    frequency = jnp.asarray(centres, real_dtype(dtype))
     state = LatticePowerState(
         u=start(u_key, out),
         v=v,

@@ -38,9 +38,9 @@ class PowerState(eqx.Module):
 class RowState(eqx.Module):
     """The same with every vector raveled: the form in which the algorithms see it."""
 
-    u: Inexact[Array, "block out"]
-    v: Inexact[Array, "block in"]
-    momentum: Inexact[Array, "block in"] | None
+    u: Inexact[Array, "... block out"]
+    v: Inexact[Array, "... block in"]
+    momentum: Inexact[Array, "... block in"] | None
 
 
 def power_step(operator: LinearOperator, state: RowState) -> RowState:

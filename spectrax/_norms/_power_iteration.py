@@ -209,15 +209,15 @@ def check_num_steps(num_steps: int, name: str = "num_steps") -> None:
         raise ValueError(f"expected `{name}` to be at least 0, got {num_steps}.")
 
 
-def _repeat(
-    step: Callable[[PyTree], PyTree], state: PyTree, num_steps: int
-) -> PyTree:
+def _repeat(step: Callable[[PyTree], PyTree], state: PyTree, num_steps: int) -> PyTree:
     if num_steps <= 1:
         return step(state) if num_steps == 1 else state
     return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), state)
 
 
-def _to_rows(operator: LinearOperator, state: PowerState | LatticePowerState) -> RowState:
+def _to_rows(
+    operator: LinearOperator, state: PowerState | LatticePowerState
+) -> RowState:
     if not isinstance(state, PowerState):
         raise TypeError(
             "expected `state` to be a `PowerState` from "

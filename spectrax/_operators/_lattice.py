@@ -15,6 +15,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
+from .._dtypes import at_least_float32, real_dtype
+
 
 class LatticeConvolution(eqx.Module):
     """A convolution's linear part without an input size: on the infinite lattice.
@@ -47,7 +49,7 @@ class LatticeConvolution(eqx.Module):
 
     def tap_positions(self) -> Float[Array, "taps dim"]:
         """The lattice points on which the kernel lives, one per row."""
-        real = jnp.finfo(jnp.promote_types(self.kernel.dtype, jnp.float32)).dtype
+        real = real_dtype(at_least_float32(self.kernel.dtype))
         axes = [jnp.arange(k, dtype=real) for k in self.kernel.shape[3:]]
         return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
 

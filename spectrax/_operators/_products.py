@@ -16,13 +16,14 @@ import lineax as lx
 from jaxtyping import Array, Inexact, PyTree
 
 from .._custom_types import DType, LinearOperator, Rows, StructuredRows
+from .._dtypes import at_least_float32, widest
 from ._lattice import LatticeConvolution
 
 
 def accumulation_dtype(operator: LinearOperator | LatticeConvolution) -> DType:
     """The dtype in which products with `operator` are accumulated: float32 or wider."""
     if isinstance(operator, LatticeConvolution):
-        return jnp.promote_types(operator.kernel.dtype, jnp.complex64)
+        return widest(operator.kernel.dtype, jnp.complex64)
     leaves = jtu.tree_leaves((operator.in_structure(), operator.out_structure()))
     dtypes = {leaf.dtype for leaf in leaves}
     if len({jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes}) > 1:
@@ -30,7 +31,7 @@ def accumulation_dtype(operator: LinearOperator | LatticeConvolution) -> DType:
             "expected an operator whose input and output are all real or all complex, "
             f"got dtypes {sorted(map(str, dtypes))}. Compose it with a cast."
         )
-    return ft.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    return at_least_float32(*dtypes)
 
 
 def pack_rows(rows: StructuredRows, dtype: DType) -> Rows:

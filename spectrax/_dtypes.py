@@ -1,0 +1,22 @@
+"""Dtypes, chosen explicitly: nothing here relies on implicit promotion."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def widest(*dtypes: Any) -> Any:
+    """The dtype that holds values of all the given ones, whatever promotion is set."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def at_least_float32(*dtypes: Any) -> Any:
+    """The same, and no narrower than float32: what products are accumulated in."""
+    return widest(jnp.float32, *dtypes)
+
+
+def real_dtype(dtype: Any) -> Any:
+    """The dtype of the absolute values of a floating-point or complex dtype."""
+    return jnp.finfo(dtype).dtype

@@ -1,0 +1,232 @@
+"""A look at the constrained weights of a model."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+from jaxtyping import PyTree
+
+from ._constraints import apply_scale
+from ._custom_types import LinearOperator
+from ._norms import exact_norm, spectral_norm
+from ._operators import LatticeConvolution
+from ._tree import as_path, follow, nodes, Path, path_string, replace
+from ._wrap import over_stack, Site, site_norm, site_operators, Wrapped, wrapped_modules
+
+
+_LARGEST_DENSE = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class SummaryRow:
+    """One constrained weight, in numbers.
+
+    - `path`: where it is in the model; `[i]` behind it is its place in a stack.
+    - `layer`: the type of the layer that it belongs to.
+    - `shape`: of the weight, without stacked axes.
+    - `sigma`: the norm of the raw weight, as the estimator sees it.
+    - `norm`: the norm of the constrained weight by the same estimate.
+    - `bound`: the norm that is allowed.
+    - `residual`: `|A^H u - sigma v| / sigma`: how far the estimate is from converged.
+    - `true_norm`: the norm of the constrained weight, computed independently of the
+        state; `None` if it was not asked for.
+    """
+
+    path: str
+    layer: str
+    shape: tuple[int, ...]
+    sigma: float
+    norm: float
+    bound: float
+    residual: float
+    true_norm: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Sequence[SummaryRow]):
+    """What [`spectrax.summary`][] returns: a sequence of rows, which prints as a table.
+
+    - `rows`: one [`spectrax.SummaryRow`][] for each constrained weight.
+    - `unconstrained`: path and shape of each array with two or more axes that has no
+        constraint.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    unconstrained: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[SummaryRow]:
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SummaryRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SummaryRow, ...]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __str__(self) -> str:
+        header = ["path", "layer", "shape", "sigma", "norm", "bound", "residual"]
+        with_truth = any(row.true_norm is not None for row in self.rows)
+        if with_truth:
+            header.append("true norm")
+        table = [header]
+        for row in self.rows:
+            cells = [
+                row.path,
+                row.layer,
+                "x".join(map(str, row.shape)),
+                f"{row.sigma:.6g}",
+                f"{row.norm:.6f}",
+                f"{row.bound:.6f}",
+                f"{row.residual:.1e}",
+            ]
+            if with_truth:
+                cells.append("" if row.true_norm is None else f"{row.true_norm:.6f}")
+            table.append(cells)
+        lines = _aligned(table, left=3)
+        lines.insert(1, "-" * len(lines[0]))
+        if self.unconstrained:
+            names = (f"{path} {shape}" for path, shape in self.unconstrained)
+            lines.append("not constrained: " + ", ".join(names))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> Summary:
+    """The constrained weights of a model: norms, bounds, and how converged they are.
+
+    **Kind:** `sigma` and `norm` are what the estimator says, by default an estimate.
+    With `true_norm=True` the norm of the constrained weight as it is stored is computed
+    as well: exactly for matrices, by a singular value decomposition in float64; for a
+    convolution at every input size by one at the best frequency that a search finds;
+    for an operator too large to be written out (2^24 entries) converged with
+    [`spectrax.spectral_norm`][].
+
+    **Arguments:**
+
+    - `model`: what `wrap` returned, or any pytree with such modules in it. Concrete
+        arrays: not under `jit`.
+    - `state`: the model's state. It stays valid and nothing advances.
+    - `true_norm`: whether to compute the true norms.
+
+    **Returns:**
+
+    A [`spectrax.Summary`][]: print it, iterate over its rows, or index it. Stacks of
+    weights have one row for each.
+
+    **Cost:** a few products with each weight; with `true_norm=True` a decomposition of
+    each.
+
+    **Raises:** `ValueError` if nothing in `model` is wrapped or, by Equinox, if `state`
+    is an old one.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import spectrax
+
+        key = jax.random.key(0)
+        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
+        model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)
+        table = spectrax.summary(model, state, true_norm=True)
+        print(table)
+        worst = max(row.true_norm / row.bound for row in table)
+        ```
+    """
+    wrapped_modules(model, "summary")
+    rows: list[SummaryRow] = []
+    constrained: set[Path] = set()
+    for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped)):
+        if not isinstance(node, Wrapped):
+            continue
+        root = as_path(key_path)
+        for site in node.sites:
+            rows += _rows(node, site, state, root, true_norm)
+            constrained.add((*root, ("attr", "module"), *site.path))
+    return Summary(tuple(rows), tuple(_unconstrained(model, constrained)))
+
+
+def _rows(
+    wrapped: Wrapped, site: Site, state: eqx.nn.State, root: Path, true_norm: bool
+) -> list[SummaryRow]:
+    operators, depth = site_operators(wrapped.module, site)
+    sigma = site_norm(wrapped, site, state)
+    constraint = site.constraint(state)
+    scale = constraint.scale(sigma)
+    residual = over_stack(site.estimator.residual, depth)(
+        operators, state.get(site.estimate)
+    )
+    weight = follow(wrapped.module, site.path)
+    constrained = replace(wrapped.module, [site.path], [apply_scale(weight, scale)])
+    operators, _ = site_operators(constrained, site)
+    bound = jnp.broadcast_to(constraint.target(), sigma.shape)
+    rows = []
+    for index in np.ndindex(sigma.shape):
+        operator = jtu.tree_map(
+            lambda x, i=index: x[i] if eqx.is_array(x) else x, operators
+        )
+        suffix = "".join(f"[{i}]" for i in index)
+        rows.append(
+            SummaryRow(
+                path=path_string((*root, *site.path)) + suffix,
+                layer=type(follow(wrapped.module, site.path[:-1])).__name__,
+                shape=weight.shape[depth:],
+                sigma=float(sigma[index]),
+                norm=float(jnp.abs(sigma[index]) * scale[index]),
+                bound=float(bound[index]),
+                residual=float(residual[index]),
+                true_norm=_true_norm(operator) if true_norm else None,
+            )
+        )
+    return rows
+
+
+def _true_norm(operator: LinearOperator | LatticeConvolution) -> float:
+    if isinstance(operator, LatticeConvolution):
+        return float(exact_norm(operator))
+    if operator.in_size() * operator.out_size() > _LARGEST_DENSE:
+        return float(spectral_norm(operator))
+    matrix = np.asarray(lx.materialise(operator).as_matrix())
+    wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
+    return float(np.linalg.norm(matrix.astype(wide), 2))
+
+
+def _unconstrained(
+    model: PyTree, constrained: set[Path]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for key_path, leaf in nodes(
+        model, lambda node: isinstance(node, eqx.nn.StateIndex)
+    ):
+        path = as_path(key_path)
+        if path in constrained or ("attr", "sites") in path:
+            continue
+        if eqx.is_inexact_array(leaf) and math.prod(leaf.shape) > max(
+            leaf.shape, default=1
+        ):
+            shown = tuple(step for step in path if step != ("attr", "module"))
+            yield path_string(shown), leaf.shape
+
+
+def _aligned(table: list[list[str]], left: int) -> list[str]:
+    """Columns of equal width, the first `left` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        padded = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        lines.append("  ".join(padded).rstrip())
+    return lines

@@ -1,0 +1,33 @@
+import os
+from collections.abc import Callable
+
+import hypothesis
+import jax
+import jax.random as jr
+import pytest
+from jaxtyping import PRNGKeyArray
+
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation takes longer than any deadline; shapes are few, so that drawn matrices
+# share what was compiled.
+hypothesis.settings.register_profile(
+    "ordinary", deadline=None, max_examples=25, print_blob=True
+)
+hypothesis.settings.load_profile("ordinary")
+
+
+@pytest.fixture
+def getkey() -> Callable[[], PRNGKeyArray]:
+    """A fresh key at each call; `SPECTRAX_TEST_SEED` chooses other ones."""
+    key = jr.key(int(os.environ.get("SPECTRAX_TEST_SEED", "5678")))
+
+    def next_key() -> PRNGKeyArray:
+        nonlocal key
+        key, new = jr.split(key)
+        return new
+
+    return next_key
