@@ -11,8 +11,8 @@ from ._constraints import (
     normalize as normalize,
 )
 from ._inspect import (
-    summary as summary,
     Summary as Summary,
+    summary as summary,
     SummaryRow as SummaryRow,
 )
 from ._norms import (

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, Real
@@ -23,15 +24,15 @@ class AbstractConstraint(eqx.Module):
     """A rule from the norm `sigma` of a weight to the factor that scales the weight.
 
     `wrap` makes one instance for each weight, with `init`. If it is `trainable` that
-    instance is part of the model, where its arrays are found by an optimizer; if not, it
-    is part of the state, where they are not.
+    instance is part of the model, where an optimizer finds its arrays; if not, it is
+    part of the state, where none does.
     """
 
     trainable: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def init(self, sigma: Float[Array, "*stack"]) -> "AbstractConstraint":
-        """The instance for one weight (or a stack of them) whose norm is `sigma` now."""
+        """The instance for one weight (or a stack of them), of norm `sigma` now."""
 
     @abc.abstractmethod
     def target(self) -> Float[Array, "*stack"]:
@@ -110,9 +111,9 @@ class ClipToInitial(AbstractConstraint):
     its bound.
 
     For transfer learning: a pretrained model starts unchanged to the last bit (if
-    `factor >= 1`), and each norm then stays in `[0, factor * initial norm]`. The initial
-    norm is the estimator's, rounded up by 16 units in the last place. A weight that is
-    zero when it is wrapped stays zero.
+    `factor >= 1`), and each norm then stays in `[0, factor * initial norm]`. The
+    initial norm is the estimator's, rounded up by 16 units in the last place. A weight
+    that is zero when it is wrapped stays zero.
 
     **Arguments:**
 
@@ -227,8 +228,8 @@ def normalize(
     - `state`: singular vectors, from [`spectrax.init_power_state`][] and
         [`spectrax.power_iterate`][] for `weight` or `view(weight)`.
     - `bound`: the norm to have, positive and finite.
-    - `view`: how the weight acts, a linear function from the weight to an operator, such
-        as [`spectrax.flattened_kernel`][]. By default the weight is a matrix.
+    - `view`: how the weight acts, a linear function from the weight to an operator,
+        such as [`spectrax.flattened_kernel`][]. By default the weight is a matrix.
 
     **Returns:**
 
@@ -272,7 +273,8 @@ def _ratio(
     bound: Float[Array, "*stack"], sigma: Float[Array, "*stack"], *, at_zero: float
 ) -> Float[Array, "*stack"]:
     """`bound / |sigma|`; `at_zero` where that is not a finite number, as for a zero
-    weight. A NaN stays one."""
+    weight. A NaN stays one.
+    """
     # Vectors that lag far behind the weight can see a negative value, and a constraint
     # never changes the sign of a weight.
     sigma = jnp.abs(sigma)

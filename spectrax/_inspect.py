@@ -1,7 +1,6 @@
 """A look at the constrained weights of a model."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -16,8 +15,9 @@ from ._constraints import apply_scale
 from ._custom_types import LinearOperator
 from ._norms import exact_norm, spectral_norm
 from ._operators import LatticeConvolution
+from ._site import over_stack, Site, site_norm, site_operators
 from ._tree import as_path, follow, nodes, Path, path_string, replace
-from ._wrap import over_stack, Site, site_norm, site_operators, Wrapped, wrapped_modules
+from ._wrap import Wrapped, wrapped_modules
 
 
 _LARGEST_DENSE = 2**24
@@ -153,16 +153,16 @@ def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> S
             continue
         root = as_path(key_path)
         for site in node.sites:
-            rows += _rows(node, site, state, root, true_norm)
+            rows += _rows(node, site, state, root, with_truth=true_norm)
             constrained.add((*root, ("attr", "module"), *site.path))
     return Summary(tuple(rows), tuple(_unconstrained(model, constrained)))
 
 
 def _rows(
-    wrapped: Wrapped, site: Site, state: eqx.nn.State, root: Path, true_norm: bool
+    wrapped: Wrapped, site: Site, state: eqx.nn.State, root: Path, *, with_truth: bool
 ) -> list[SummaryRow]:
     operators, depth = site_operators(wrapped.module, site)
-    sigma = site_norm(wrapped, site, state)
+    sigma = site_norm(wrapped.module, site, state)
     constraint = site.constraint(state)
     scale = constraint.scale(sigma)
     residual = over_stack(site.estimator.residual, depth)(
@@ -174,9 +174,7 @@ def _rows(
     bound = jnp.broadcast_to(constraint.target(), sigma.shape)
     rows = []
     for index in np.ndindex(sigma.shape):
-        operator = jtu.tree_map(
-            lambda x, i=index: x[i] if eqx.is_array(x) else x, operators
-        )
+        operator = _at(operators, index)
         suffix = "".join(f"[{i}]" for i in index)
         rows.append(
             SummaryRow(
@@ -187,10 +185,15 @@ def _rows(
                 norm=float(jnp.abs(sigma[index]) * scale[index]),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
-                true_norm=_true_norm(operator) if true_norm else None,
+                true_norm=_true_norm(operator) if with_truth else None,
             )
         )
     return rows
+
+
+def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:
+    """One element of a stack of pytrees."""
+    return jtu.tree_map(lambda x: x[index] if eqx.is_array(x) else x, stack)
 
 
 def _true_norm(operator: LinearOperator | LatticeConvolution) -> float:
@@ -206,15 +209,15 @@ def _true_norm(operator: LinearOperator | LatticeConvolution) -> float:
 def _unconstrained(
     model: PyTree, constrained: set[Path]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for key_path, leaf in nodes(
-        model, lambda node: isinstance(node, eqx.nn.StateIndex)
-    ):
+    """Arrays that are at least matrices, outside the state and the constraints."""
+
+    def is_index(node: Any) -> bool:
+        return isinstance(node, eqx.nn.StateIndex)
+
+    for key_path, leaf in nodes(model, is_index):
         path = as_path(key_path)
-        if path in constrained or ("attr", "sites") in path:
-            continue
-        if eqx.is_inexact_array(leaf) and math.prod(leaf.shape) > max(
-            leaf.shape, default=1
-        ):
+        own = path in constrained or ("attr", "sites") in path
+        if not own and eqx.is_inexact_array(leaf) and leaf.squeeze().ndim >= 2:
             shown = tuple(step for step in path if step != ("attr", "module"))
             yield path_string(shown), leaf.shape
 

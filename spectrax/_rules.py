@@ -42,11 +42,10 @@ class WeightRule(eqx.Module):
     view: View
     sized: bool  # whether the view depends on an input size
 
-    def stack_ndim(self, layer: object, weight: Array) -> int:
+    def stack_ndim(self, layer: Any, weight: Array) -> int:
         """How many leading axes of the weight are a stack of layers."""
         if self.ndim is not None:
             return weight.ndim - self.ndim
-        assert isinstance(layer, eqx.nn.Conv | eqx.nn.ConvTranspose)
         return weight.ndim - layer.num_spatial_dims - 2
 
 
@@ -70,9 +69,9 @@ def register_layer(
 ) -> None:
     """Teaches `wrap` a layer type.
 
-    Subclasses are covered too, unless they are registered themselves. Registering a type
-    again replaces what was known of it; registering `weights=()` says that the type has
-    none, so that `wrap` passes it by without a warning.
+    Subclasses are covered too, unless they are registered themselves. Registering a
+    type again replaces what was known of it; registering `weights=()` says that the
+    type has none, so that `wrap` passes it by without a warning.
 
     **Arguments:**
 
@@ -80,6 +79,7 @@ def register_layer(
     - `weights`: the names of the attributes that hold its weights.
     - `view`: how a weight acts, a function `view(layer, weight)` to a matrix or an
         operator, linear in the weight. By default the weight is a matrix `[out, in]`.
+        Of `layer`, use only what is not an array: in a stack the others are stacked.
     - `ndim`: how many axes a weight has. Further axes in front of them are those of a
         stack of layers, made by `equinox.filter_vmap`.
 
@@ -160,11 +160,9 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
         import spectrax
 
         conv = eqx.nn.Conv2d(3, 8, 3, padding=1, key=jax.random.key(0))
-        at_28 = spectrax.spectral_norm(
-            spectrax.layer_operator(conv, input_size=(28, 28))
-        )
-        at_all = spectrax.spectral_norm(spectrax.layer_operator(conv))
-        assert at_28 <= at_all
+        small = spectrax.layer_operator(conv, input_size=(8, 8))
+        every = spectrax.layer_operator(conv)
+        assert spectrax.spectral_norm(small) <= spectrax.spectral_norm(every)
         ```
     """
     rules = rules_for(layer)
@@ -189,8 +187,8 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
         )
     if input_size is not None and not rule.sized:
         raise ValueError(
-            f"expected no `input_size` for {type(layer).__name__}, whose weight acts in "
-            f"the same way whatever the input; got {tuple(input_size)}."
+            f"expected no `input_size` for {type(layer).__name__}, whose weight acts "
+            f"in the same way whatever the input; got {tuple(input_size)}."
         )
     return rule.view(layer, weight, input_size)
 

@@ -38,16 +38,16 @@ def find_weights(model: PyTree) -> list[Path]:
     paths, strangers = _search(model, ())
     if not paths:
         raise ValueError(
-            "expected a model with a weight to constrain, found none. It has the layers "
-            f"{_layers_of(model)} and the arrays {_arrays_of(model)}; known layers are "
-            f"{known_layers()}. Teach `wrap` your layer with `spectrax.register_layer`, "
-            "or point at an array with `where`."
+            "expected a model with a weight to constrain, found none. It has the "
+            f"layers {_layers_of(model)} and the arrays {_arrays_of(model)}; known "
+            f"layers are {known_layers()}. Teach `wrap` your layer with "
+            "`spectrax.register_layer`, or point at an array with `where`."
         )
     if strangers:
         names = ", ".join(path_string(path) for path in strangers)
         warnings.warn(
-            f"`spectrax.wrap` leaves these arrays as they are, as it knows no layer that "
-            f"has them as weights: {names}. To constrain them use "
+            "`spectrax.wrap` leaves these arrays as they are, as it knows no layer "
+            f"that has them as weights: {names}. To constrain them use "
             "`spectrax.register_layer` or `where`; to silence this, name what you want "
             "with `where`.",
             stacklevel=4,
@@ -88,7 +88,8 @@ def select_weights(
     model: PyTree, where: Callable[[PyTree], Any]
 ) -> tuple[list[list[Path]], bool]:
     """The weights in each of the nodes that `where` returns, and whether it returned a
-    sequence of them."""
+    sequence of them.
+    """
     marked = jtu.tree_map_with_path(lambda keys, _: _Marked(as_path(keys)), model)
     chosen = where(marked)
     several = isinstance(chosen, list | tuple)
@@ -103,16 +104,16 @@ def _weights_in(model: PyTree, target: Any) -> list[Path]:
     if not leaves or not all(isinstance(leaf, _Marked) for leaf in leaves):
         raise TypeError(
             "expected `where` to select layers or arrays of the model, got "
-            f"{target!r} of type {type(target).__name__}. Return nodes of the model, as "
-            "in `where=lambda model: model.layers[0]`."
+            f"{target!r} of type {type(target).__name__}. Return nodes of the model, "
+            "as in `where=lambda model: model.layers[0]`."
         )
     inside = {leaf.path for leaf in leaves}
     paths = [path for path in _search(model, ())[0] if path in inside]
     if not paths:
         raise ValueError(
             f"expected `where` to select something with a weight to constrain, got a "
-            f"{type(target).__name__} with the arrays {_arrays_of(target, model)}; known "
-            f"layers are {known_layers()}. Teach `wrap` your layer with "
+            f"{type(target).__name__} with the arrays {_arrays_of(target, model)}; "
+            f"known layers are {known_layers()}. Teach `wrap` your layer with "
             "`spectrax.register_layer`, or select the array itself."
         )
     return paths
@@ -130,8 +131,8 @@ def check_weight(model: PyTree, path: Path) -> Array:
         )
     if not eqx.is_inexact_array(weight):
         raise TypeError(
-            f"expected the weight `{name}` to be of floating-point or complex dtype, got "
-            f"{weight.dtype}. Leave it out with `where`, or convert it."
+            f"expected the weight `{name}` to be of floating-point or complex dtype, "
+            f"got {weight.dtype}. Leave it out with `where`, or convert it."
         )
     layer, rule = rule_at(model, path)
     if weight.ndim < 2 or rule.stack_ndim(layer, weight) < 0:

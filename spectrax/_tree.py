@@ -25,8 +25,8 @@ def _as_step(key: Any) -> tuple[str, Any]:
     if isinstance(key, jtu.DictKey):
         return "item", key.key
     raise TypeError(
-        "expected a model of modules, tuples, lists and dictionaries, got a pytree node "
-        f"whose children have no names (key {key}). Register it with "
+        "expected a model of modules, tuples, lists and dictionaries, got a pytree "
+        f"node whose children have no names (key {key}). Register it with "
         "`jax.tree_util.register_pytree_with_keys`, with attribute or item keys."
     )
 

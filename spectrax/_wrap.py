@@ -1,50 +1,25 @@
 """Constraints on the weights of a model that does not know of them."""
 
-import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ._constraints import AbstractConstraint, apply_scale, Normalize
 from ._norms import AbstractEstimator, PowerIteration
-from ._operators import as_operator
-from ._rules import InputSize, Operator
 from ._select import check_weight, find_weights, rule_at, select_weights
+from ._site import advance_site, make_site, Site, site_norm, View
 from ._tree import as_path, follow, nodes, Path, path_string, replace
-
-
-_View = Callable[[Array], Operator | Array]
-
-
-class Site(eqx.Module):
-    """One constrained weight: where it is, and what belongs to it."""
-
-    path: Path = eqx.field(static=True)
-    view: _View | None = eqx.field(static=True)
-    input_size: tuple[int, ...] | None = eqx.field(static=True)
-    estimator: AbstractEstimator
-    # The constraint is found in the model if it is trained, else in the state.
-    trained_constraint: AbstractConstraint | None = None
-    fixed_constraint: eqx.nn.StateIndex | None = None
-    estimate: eqx.nn.StateIndex | None = None
-
-    def constraint(self, state: eqx.nn.State) -> AbstractConstraint:
-        """The constraint, wherever it is."""
-        if self.fixed_constraint is None:
-            assert self.trained_constraint is not None
-            return self.trained_constraint
-        return state.get(self.fixed_constraint)
 
 
 class Wrapped(eqx.nn.StatefulLayer):
     """A module some of whose weights are constrained: what [`spectrax.wrap`][] returns.
 
-    A pytree with the raw weights as its trainable leaves. The vectors of power iteration
-    and fixed bounds are in the `equinox.nn.State`.
+    A pytree with the raw weights as its trainable leaves. The vectors of power
+    iteration and fixed bounds are in the `equinox.nn.State`.
 
     - `module`: the module as it was given, with raw weights.
     - `sites`: the constrained weights. [`spectrax.summary`][] shows them.
@@ -54,6 +29,14 @@ class Wrapped(eqx.nn.StatefulLayer):
     module: Any
     sites: tuple[Site, ...]
     inference: bool
+
+    def __init__(
+        self, module: PyTree, sites: Sequence[Site] = (), *, inference: bool = False
+    ):
+        """Used by `wrap`; without `sites` nothing is constrained."""
+        self.module = module
+        self.sites = tuple(sites)
+        self.inference = inference
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Advances the state, then calls the module with constrained weights.
@@ -99,7 +82,7 @@ def wrap(
     constraint: AbstractConstraint | Sequence[AbstractConstraint] = Normalize(),
     estimator: AbstractEstimator | Sequence[AbstractEstimator] = PowerIteration(),
     where: Callable[[PyTree], Any] | None = None,
-    view: _View | None = None,
+    view: View | None = None,
     input_size: Sequence[int] | None = None,
     state: eqx.nn.State | None = None,
     key: PRNGKeyArray | None = None,
@@ -130,8 +113,8 @@ def wrap(
     - `estimator`: how the norm is found: [`spectrax.PowerIteration`][] or
         [`spectrax.ExactSVD`][].
     - `where`: chooses layers, submodules or arrays, as in `equinox.tree_at`:
-        `where=lambda model: [model.layers[0], model.head]`. By default, every layer of a
-        known type. If it returns a sequence, `constraint` and `estimator` may be
+        `where=lambda model: [model.layers[0], model.head]`. By default, every layer of
+        a known type. If it returns a sequence, `constraint` and `estimator` may be
         sequences of the same length, one for each node.
     - `view`: how the chosen weights act, a function from a weight to a matrix or an
         operator; it replaces what is known of the layer. `spectrax.flattened_kernel`
@@ -139,8 +122,8 @@ def wrap(
     - `input_size`: for the chosen convolutions, the spatial sizes of their input. The
         bound is then on the norm at this size (and for zero padding at smaller ones),
         instead of at every size.
-    - `state`: the state of `module`, if it has been separated from it already, as with a
-        trained model that has `equinox.nn.BatchNorm`.
+    - `state`: the state of `module`, if it has been separated from it already, as with
+        a trained model that has `equinox.nn.BatchNorm`.
     - `key`: randomness of the starting vectors. Optional; a fixed key if not given.
 
     **Returns:**
@@ -184,9 +167,11 @@ def wrap(
     else:
         targets, several = select_weights(module, where)
     constraints = _for_each(
-        constraint, AbstractConstraint, "constraint", targets, several
+        constraint, AbstractConstraint, "constraint", targets, several=several
     )
-    estimators = _for_each(estimator, AbstractEstimator, "estimator", targets, several)
+    estimators = _for_each(
+        estimator, AbstractEstimator, "estimator", targets, several=several
+    )
     size = None if input_size is None else tuple(input_size)
     key = jr.key(0) if key is None else key
     sites: list[Site] = []
@@ -203,15 +188,22 @@ def wrap(
             check_weight(module, path)
             sized = rule_at(module, path)[1].sized and view is None
             fitting |= sized
-            site = Site(path, view, size if sized else None, estimator_)
-            site_key = jr.fold_in(key, len(sites))
-            sites.append(_with_estimate(module, site, constraint_, site_key))
+            site = make_site(
+                module,
+                path,
+                view,
+                size if sized else None,
+                estimator_,
+                constraint_,
+                jr.fold_in(key, len(sites)),
+            )
+            sites.append(site)
     if size is not None and not fitting:
         raise ValueError(
             f"expected `input_size` with a convolution among the chosen layers, got "
             f"{size} and none whose norm depends on it. Leave it out."
         )
-    return Wrapped(module, tuple(sites), inference=False)
+    return Wrapped(module, sites)
 
 
 def advance(
@@ -271,10 +263,7 @@ def advance(
         if wrapped.inference:
             continue
         for site in wrapped.sites:
-            old = state.get(site.estimate)
-            operators, depth = site_operators(wrapped.module, site)
-            new = _advance(site.estimator, operators, old, depth, num_steps)
-            state = state.set(site.estimate, new)
+            state = advance_site(wrapped.module, site, state, num_steps)
     return state
 
 
@@ -285,8 +274,8 @@ def unwrap(model: PyTree, state: eqx.nn.State) -> PyTree:
     result has derivatives with respect to the raw weights in `model`, through the norms
     (whose singular vectors are held fixed) and through trained bounds.
 
-    **Kind:** as the estimator's. With power iteration the norms are those that the state
-    has seen: call `advance` after an update of the weights.
+    **Kind:** as the estimator's. With power iteration the norms are those that the
+    state has seen: call `advance` after an update of the weights.
 
     **Arguments:**
 
@@ -311,7 +300,7 @@ def unwrap(model: PyTree, state: eqx.nn.State) -> PyTree:
             return node
         module = _constrained(node, state)
         inside_module = any(isinstance(key, jtu.GetAttrKey) for key in key_path)
-        return Wrapped(module, (), inference=True) if inside_module else module
+        return Wrapped(module) if inside_module else module
 
     return jtu.tree_map_with_path(plain, model, is_leaf=_is_wrapped)
 
@@ -328,92 +317,17 @@ def wrapped_modules(model: PyTree, caller: str) -> list[Wrapped]:
     return found
 
 
-def site_norm(wrapped: Wrapped, site: Site, state: eqx.nn.State) -> Float[Array, "..."]:
-    """The norm of a site's raw weight, one for each layer of a stack."""
-    operators, depth = site_operators(wrapped.module, site)
-    return _sigma(site.estimator, operators, state.get(site.estimate), depth)
-
-
-def site_operators(module: PyTree, site: Site) -> tuple[Operator, int]:
-    """How a site's weight acts, and the number of stacked axes: the operator's arrays
-    have those axes in front, so that it is to be used under as many `vmap`s."""
-    weight = follow(module, site.path)
-    layer, rule = rule_at(module, site.path)
-    if site.view is None:
-        build = ft.partial(rule.view, layer, input_size=site.input_size)
-    else:
-        view = site.view
-        build = lambda weight: as_operator(view(weight))  # noqa: E731
-    # An array of no known layer may have any number of axes if the view says so.
-    depth = 0 if layer is None and site.view else rule.stack_ndim(layer, weight)
-    return over_stack(build, depth)(weight), depth
-
-
-def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
-    """Maps over the first `depth` axes of every array among the arguments."""
-    for _ in range(depth):
-        function = eqx.filter_vmap(function)
-    return function
-
-
-# Compiled even where the caller is not, as these are many small operations.
-@eqx.filter_jit
-def _init(
-    estimator: AbstractEstimator, operators: Operator, key: PRNGKeyArray, depth: int
-) -> PyTree:
-    return over_stack(ft.partial(estimator.init, key=key), depth)(operators)
-
-
-@eqx.filter_jit
-def _advance(
-    estimator: AbstractEstimator,
-    operators: Operator,
-    estimate: PyTree,
-    depth: int,
-    num_steps: int | None,
-) -> PyTree:
-    step = ft.partial(estimator.advance, num_steps=num_steps)
-    return over_stack(step, depth)(operators, estimate)
-
-
-@eqx.filter_jit
-def _sigma(
-    estimator: AbstractEstimator, operators: Operator, estimate: PyTree, depth: int
-) -> Float[Array, "..."]:
-    return over_stack(estimator.sigma, depth)(operators, estimate)
-
-
 def _constrained(wrapped: Wrapped, state: eqx.nn.State) -> PyTree:
     weights = []
     for site in wrapped.sites:
         weight = follow(wrapped.module, site.path)
-        scale = site.constraint(state).scale(site_norm(wrapped, site, state))
+        scale = site.constraint(state).scale(site_norm(wrapped.module, site, state))
         weights.append(apply_scale(weight, scale))
     return replace(wrapped.module, [site.path for site in wrapped.sites], weights)
 
 
-def _with_estimate(
-    module: PyTree, site: Site, constraint: AbstractConstraint, key: PRNGKeyArray
-) -> Site:
-    """A site with its first estimate, and the constraint made for its norm."""
-    operators, depth = site_operators(module, site)
-    estimate = _init(site.estimator, operators, key, depth)
-    sigma = _sigma(site.estimator, operators, estimate, depth)
-    constraint = constraint.init(sigma)
-    trained = constraint.trainable
-    return Site(
-        path=site.path,
-        view=site.view,
-        input_size=site.input_size,
-        estimator=site.estimator,
-        trained_constraint=constraint if trained else None,
-        fixed_constraint=None if trained else eqx.nn.StateIndex(constraint),
-        estimate=eqx.nn.StateIndex(estimate),
-    )
-
-
 def _for_each(
-    value: Any, kind: type, name: str, targets: list[list[Path]], several: bool
+    value: Any, kind: type, name: str, targets: list[list[Path]], *, several: bool
 ) -> list[Any]:
     """One value for each target of `where`."""
     if isinstance(value, kind):
@@ -452,7 +366,9 @@ def _put(
     if isinstance(place, int):
         return (*args[:place], *values, *args[place + 1 :]), kwargs
     rest = {name: value for name, value in kwargs.items() if name != place}
-    return args, rest | {place: value for value in values}
+    if values:
+        rest[place] = values[0]
+    return args, rest
 
 
 def _with_state(module: PyTree, state: eqx.nn.State) -> PyTree:

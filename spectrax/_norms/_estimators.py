@@ -42,7 +42,8 @@ class AbstractEstimator(eqx.Module, Generic[_State]):
         self, operator: _Operator, state: _State, *, num_steps: int | None = None
     ) -> _State:
         """The state after an update of the operator, `num_steps` steps later (by
-        default as many as the estimator was made with). It carries no derivative."""
+        default as many as the estimator was made with). It carries no derivative.
+        """
 
     @abc.abstractmethod
     def sigma(self, operator: _Operator, state: _State) -> Float[Array, ""]:

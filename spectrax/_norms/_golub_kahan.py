@@ -23,7 +23,7 @@ from ._rows import inner, matmul, normalize_rows, random_rows
 
 
 class GolubKahan(eqx.Module):
-    """Bases, projection, and what is left over: `A^H u_i = (B^H v)_i + residual_i w`."""
+    """Orthonormal bases, the projection `U^H A V`, and the vector to go on with."""
 
     left: Inexact[Array, "size out"]
     right: Inexact[Array, "size in"]

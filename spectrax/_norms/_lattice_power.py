@@ -3,9 +3,9 @@
 The norm is the maximum over the frequencies `w` of `sigma(F(w))`. The frequencies are
 cut into cells, and in each cell one candidate climbs to the highest point there: block
 power iteration on `F(w)`, then, with `u` and `v` fixed, the frequency of the cell at
-which `|u^H F(w) v|` is largest, a trigonometric polynomial with one coefficient per tap.
-The best candidate leads. As none may leave its cell, a maximum that grows anywhere is
-seen.
+which `|u^H F(w) v|` is largest, a trigonometric polynomial with one coefficient per
+tap. The best candidate leads. As none may leave its cell, a maximum that grows anywhere
+is seen.
 
 The cost is a few products with the kernel as a small dense matrix, whatever the size of
 the images.
@@ -119,7 +119,8 @@ def lattice_residual(
     operator: LatticeConvolution, state: LatticePowerState
 ) -> Float[Array, ""]:
     """The residual of the leader of the best group. How far its frequency is from the
-    best one is not part of it."""
+    best one is not part of it.
+    """
 
     def group_values(
         kernel: Array, state: LatticePowerState
@@ -207,7 +208,8 @@ def _cells(
     operator: LatticeConvolution,
 ) -> tuple[Float[np.ndarray, "cells dim"], Float[np.ndarray, " dim"]]:
     """The cells' centres and width. For real kernels, whose symbol is conjugated by a
-    change of sign of the frequency, one cell of each such pair."""
+    change of sign of the frequency, one cell of each such pair.
+    """
     taps = operator.kernel.shape[3:]
     most = int(_MOST_CELLS ** (1 / operator.dim) + 1e-9)
     # The symbol has degree k - 1. With four cells per degree, and eight at least, no
@@ -215,7 +217,11 @@ def _cells(
     counts = [1 if k == 1 else min(max(8, 4 * (k - 1)), most) for k in taps]
     points = list(it.product(*map(range, counts)))
     if not jnp.iscomplexobj(operator.kernel):
-        points = [p for p in points if p <= tuple(-j % n for j, n in zip(p, counts))]
+        points = [
+            p
+            for p in points
+            if p <= tuple(-j % n for j, n in zip(p, counts, strict=True))
+        ]
     width = 2 * math.pi / np.array(counts, float)
     return np.array(points, float) * width, width
 

@@ -47,8 +47,8 @@ def power_step(operator: LinearOperator, state: RowState) -> RowState:
     """One product with the operator's adjoint, then one with the operator.
 
     A block of one is the algorithm of Miyato et al. (2018): `v = A^H u / |A^H u|`, then
-    `u = A v / |A v|`. A larger block takes the best pairs (Rayleigh-Ritz) in the span of
-    three blocks: `A^H u`, the previous `v`, and the directions in which `v` moved
+    `u = A v / |A v|`. A larger block takes the best pairs (Rayleigh-Ritz) in the span
+    of three blocks: `A^H u`, the previous `v`, and the directions in which `v` moved
     before. The last two are what makes it a locally optimal block method (Knyazev 2001)
     and cost no further pass over the operator.
 
@@ -69,6 +69,7 @@ def _single_step(operator: LinearOperator, state: RowState) -> RowState:
 
 
 def _block_step(operator: LinearOperator, state: RowState) -> RowState:
+    assert state.momentum is not None
     block = state.u.shape[0]
     old, _ = normalize_rows(state.v)
     moved = adjoint_rows(operator, normalize_rows(state.u)[0])

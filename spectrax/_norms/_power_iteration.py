@@ -148,8 +148,8 @@ def power_iterate(
     operator = stop_gradient(as_operator(operator))
     check_num_steps(num_steps)
     if isinstance(operator, LatticeConvolution):
-        _check_lattice_state(operator, state)
         step = ft.partial(lattice_power_step, operator)
+        state = _checked_lattice_state(operator, state)
         return stop_gradient(_repeat(step, state, num_steps))
     rows = _to_rows(operator, state)
     rows = _repeat(ft.partial(power_step, operator), rows, num_steps)
@@ -186,8 +186,7 @@ def singular_value(
     """
     operator = as_operator(operator)
     if isinstance(operator, LatticeConvolution):
-        _check_lattice_state(operator, state)
-        return lattice_value(operator, state)
+        return lattice_value(operator, _checked_lattice_state(operator, state))
     return leading_value(operator, _to_rows(operator, state))
 
 
@@ -198,8 +197,7 @@ def residual_norm(
     """`|A^H u - sigma v| / sigma` of the leading pair: zero if it has converged."""
     operator = as_operator(operator)
     if isinstance(operator, LatticeConvolution):
-        _check_lattice_state(operator, state)
-        return lattice_residual(operator, state)
+        return lattice_residual(operator, _checked_lattice_state(operator, state))
     return leading_residual(operator, _to_rows(operator, state))
 
 
@@ -252,15 +250,15 @@ def _check_rows(
     expected = jtu.tree_map(lambda x: x.shape, structure)
     if got != expected:
         raise ValueError(
-            f"expected `state.{name}` to hold vectors of shape {expected}, those of the "
-            f"operator, got {got}. Make the state with "
+            f"expected `state.{name}` to hold vectors of shape {expected}, those of "
+            f"the operator, got {got}. Make the state with "
             "`spectrax.init_power_state(operator)` for an operator of this shape."
         )
 
 
-def _check_lattice_state(
+def _checked_lattice_state(
     operator: LatticeConvolution, state: PowerState | LatticePowerState
-) -> None:
+) -> LatticePowerState:
     if not isinstance(state, LatticePowerState):
         raise TypeError(
             "expected `state` to be a `LatticePowerState`, as the operator is a "
@@ -277,3 +275,4 @@ def _check_lattice_state(
             f"{expected}, those of the convolution, got {got}. Make the state with "
             "`spectrax.init_power_state(operator)` for an operator of this shape."
         )
+    return state

@@ -71,9 +71,9 @@ def spectral_norm(
     if max_steps < 1:
         raise ValueError(f"expected `max_steps` to be positive, got {max_steps}.")
     key = jr.key(0) if key is None else key
-    if rtol is None:
-        rtol = float(jnp.finfo(accumulation_dtype(operator)).eps) ** 0.75
-    return _norm(operator, TripletFinder(key, rtol, max_steps, dense=False))
+    default = float(jnp.finfo(accumulation_dtype(operator)).eps) ** 0.75
+    tolerance = default if rtol is None else rtol
+    return _norm(operator, TripletFinder(key, tolerance, max_steps, dense=False))
 
 
 def exact_norm(operator: LinearOperator | LatticeConvolution) -> Float[Array, ""]:
