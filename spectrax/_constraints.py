@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, Real
 
-from ._custom_types import LinearOperator
 from ._dtypes import widest
-from ._norms import LatticePowerState, PowerState, singular_value
-from ._operators import LatticeConvolution
+from ._norms import PowerStateLike, singular_value
+from ._operators import Operator
 
 
-_Bound = float | Real[Array, "*stack"] | Real[np.ndarray, "*stack"]
+_Bound = float | int | Real[Array, "*stack"] | Real[np.ndarray, "*stack"]
 
 
 class AbstractConstraint(eqx.Module):
@@ -207,10 +206,10 @@ class LearnableBound(AbstractConstraint):
 
 def normalize(
     weight: Inexact[Array, "..."],
-    state: PowerState | LatticePowerState,
+    state: PowerStateLike,
     *,
     bound: _Bound = 1.0,
-    view: Callable[[Array], LinearOperator | LatticeConvolution] | None = None,
+    view: Callable[[Array], Operator] | None = None,
 ) -> Inexact[Array, "..."]:
     """Spectral normalization: `weight * bound / sigma`, with
     `sigma = spectrax.singular_value(weight, state)`.

@@ -1,11 +1,9 @@
 from typing import Any, TypeAlias
 
 import lineax as lx
-from jaxtyping import Array, Complex, Float, Inexact, PyTree
+from jaxtyping import Array, Inexact, PyTree
 
 
-# A matrix, or anything that lineax can multiply with. Public functions take either.
-Matrix: TypeAlias = Inexact[Array, "out in"]
 LinearOperator: TypeAlias = lx.AbstractLinearOperator
 
 # A block of vectors kept as rows: one vector per row, each raveled.
@@ -13,6 +11,4 @@ Rows: TypeAlias = Inexact[Array, "_ _"]
 # The same block in the structure of the operator's input or output.
 StructuredRows: TypeAlias = PyTree[Inexact[Array, "block ..."]]
 
-RealScalar: TypeAlias = Float[Array, ""]
-InexactScalar: TypeAlias = Float[Array, ""] | Complex[Array, ""]
 DType: TypeAlias = Any

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._constraints import apply_scale
-from ._custom_types import LinearOperator
 from ._norms import exact_norm, spectral_norm
-from ._operators import LatticeConvolution
+from ._operators import LatticeConvolution, Operator
 from ._site import over_stack, Site, site_norm, site_operators
 from ._tree import as_path, follow, nodes, Path, path_string, replace
 from ._wrap import Wrapped, wrapped_modules
@@ -196,7 +195,7 @@ def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:
     return jtu.tree_map(lambda x: x[index] if eqx.is_array(x) else x, stack)
 
 
-def _true_norm(operator: LinearOperator | LatticeConvolution) -> float:
+def _true_norm(operator: Operator) -> float:
     if isinstance(operator, LatticeConvolution):
         return float(exact_norm(operator))
     if operator.in_size() * operator.out_size() > _LARGEST_DENSE:

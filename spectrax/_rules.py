@@ -20,16 +20,14 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array
 
-from ._custom_types import LinearOperator
 from ._operators import (
     as_operator,
     convolution_operator,
     convolution_transpose_operator,
-    LatticeConvolution,
+    Operator,
 )
 
 
-Operator = LinearOperator | LatticeConvolution
 InputSize = Sequence[int] | None
 View = Callable[[Any, Array, InputSize], Operator]
 

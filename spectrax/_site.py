@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._constraints import AbstractConstraint
 from ._norms import AbstractEstimator
-from ._operators import as_operator
-from ._rules import Operator
+from ._operators import as_operator, Operator
 from ._select import rule_at
 from ._tree import follow, Path
 

@@ -8,6 +8,7 @@ from ._power import PowerState as PowerState
 from ._power_iteration import (
     init_power_state as init_power_state,
     power_iterate as power_iterate,
+    PowerStateLike as PowerStateLike,
     singular_value as singular_value,
 )
 from ._spectral_norm import exact_norm as exact_norm, spectral_norm as spectral_norm

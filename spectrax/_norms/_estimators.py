@@ -7,9 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._custom_types import LinearOperator
 from .._dtypes import real_dtype
-from .._operators import accumulation_dtype, LatticeConvolution
+from .._operators import accumulation_dtype, Operator
 from ._power_iteration import (
     check_num_steps,
     DEFAULT_BLOCK_SIZE,
@@ -23,7 +22,6 @@ from ._spectral_norm import exact_norm
 
 
 _State = TypeVar("_State")
-_Operator = LinearOperator | LatticeConvolution
 
 
 class AbstractEstimator(eqx.Module, Generic[_State]):
@@ -34,23 +32,23 @@ class AbstractEstimator(eqx.Module, Generic[_State]):
     """
 
     @abc.abstractmethod
-    def init(self, operator: _Operator, *, key: PRNGKeyArray) -> _State:
+    def init(self, operator: Operator, *, key: PRNGKeyArray) -> _State:
         """The state for an operator, converged enough to be used at once."""
 
     @abc.abstractmethod
     def advance(
-        self, operator: _Operator, state: _State, *, num_steps: int | None = None
+        self, operator: Operator, state: _State, *, num_steps: int | None = None
     ) -> _State:
         """The state after an update of the operator, `num_steps` steps later (by
         default as many as the estimator was made with). It carries no derivative.
         """
 
     @abc.abstractmethod
-    def sigma(self, operator: _Operator, state: _State) -> Float[Array, ""]:
+    def sigma(self, operator: Operator, state: _State) -> Float[Array, ""]:
         """The norm, differentiable in the operator."""
 
     @abc.abstractmethod
-    def residual(self, operator: _Operator, state: _State) -> Float[Array, ""]:
+    def residual(self, operator: Operator, state: _State) -> Float[Array, ""]:
         """How far from converged: `|A^H u - sigma v| / sigma`, 0 if exact."""
 
 
@@ -88,24 +86,24 @@ class PowerIteration(AbstractEstimator[Any]):
                 f"expected `block_size` to be at least 1, got {self.block_size}."
             )
 
-    def init(self, operator: _Operator, *, key: PRNGKeyArray) -> Any:
+    def init(self, operator: Operator, *, key: PRNGKeyArray) -> Any:
         """As [`spectrax.init_power_state`][]."""
         return init_power_state(
             operator, key=key, block_size=self.block_size, num_steps=self.init_steps
         )
 
     def advance(
-        self, operator: _Operator, state: Any, *, num_steps: int | None = None
+        self, operator: Operator, state: Any, *, num_steps: int | None = None
     ) -> Any:
         """As [`spectrax.power_iterate`][]."""
         num_steps = self.num_steps if num_steps is None else num_steps
         return power_iterate(operator, state, num_steps=num_steps)
 
-    def sigma(self, operator: _Operator, state: Any) -> Float[Array, ""]:
+    def sigma(self, operator: Operator, state: Any) -> Float[Array, ""]:
         """As [`spectrax.singular_value`][]."""
         return singular_value(operator, state)
 
-    def residual(self, operator: _Operator, state: Any) -> Float[Array, ""]:
+    def residual(self, operator: Operator, state: Any) -> Float[Array, ""]:
         """Of the leading pair."""
         return residual_norm(operator, state)
 
@@ -123,14 +121,14 @@ class ExactSVD(AbstractEstimator[tuple[()]]):
     written out as a matrix. For small models, and for tests.
     """
 
-    def init(self, operator: _Operator, *, key: PRNGKeyArray) -> tuple[()]:
+    def init(self, operator: Operator, *, key: PRNGKeyArray) -> tuple[()]:
         """There is nothing to carry."""
         del operator, key
         return ()
 
     def advance(
         self,
-        operator: _Operator,
+        operator: Operator,
         state: tuple[()],
         *,
         num_steps: int | None = None,
@@ -139,12 +137,12 @@ class ExactSVD(AbstractEstimator[tuple[()]]):
         del operator, num_steps
         return state
 
-    def sigma(self, operator: _Operator, state: tuple[()]) -> Float[Array, ""]:
+    def sigma(self, operator: Operator, state: tuple[()]) -> Float[Array, ""]:
         """The largest singular value."""
         del state
         return exact_norm(operator)
 
-    def residual(self, operator: _Operator, state: tuple[()]) -> Float[Array, ""]:
+    def residual(self, operator: Operator, state: tuple[()]) -> Float[Array, ""]:
         """Zero."""
         del state
         return jnp.zeros((), real_dtype(accumulation_dtype(operator)))

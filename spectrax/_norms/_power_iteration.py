@@ -2,6 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
+from typing import Any, TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.lax as lax
@@ -10,11 +11,13 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._custom_types import LinearOperator, Matrix, Rows, StructuredRows
+from .._custom_types import LinearOperator, Rows, StructuredRows
 from .._operators import (
     accumulation_dtype,
     as_operator,
     LatticeConvolution,
+    Operator,
+    OperatorLike,
     pack_rows,
     unpack_rows,
 )
@@ -30,12 +33,18 @@ from ._power import leading_residual, leading_value, power_step, PowerState, Row
 from ._rows import keep_where, random_rows, stop_gradient
 
 
+# As with `OperatorLike`: a wrong one gets a message of ours.
+if TYPE_CHECKING:
+    PowerStateLike: TypeAlias = PowerState | LatticePowerState
+else:
+    PowerStateLike: TypeAlias = Any
+
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_INIT_STEPS = 32
 
 
 def init_power_state(
-    operator: Matrix | LinearOperator | LatticeConvolution,
+    operator: OperatorLike,
     *,
     key: PRNGKeyArray | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
@@ -104,8 +113,8 @@ def _init(
 
 
 def power_iterate(
-    operator: Matrix | LinearOperator | LatticeConvolution,
-    state: PowerState | LatticePowerState,
+    operator: OperatorLike,
+    state: PowerStateLike,
     *,
     num_steps: int = 1,
 ) -> PowerState | LatticePowerState:
@@ -157,8 +166,8 @@ def power_iterate(
 
 
 def singular_value(
-    operator: Matrix | LinearOperator | LatticeConvolution,
-    state: PowerState | LatticePowerState,
+    operator: OperatorLike,
+    state: PowerStateLike,
 ) -> Float[Array, ""]:
     """`Re(u^H A v)` for the leading pair of `state`: the power iteration's estimate of
     the spectral norm.
@@ -191,8 +200,8 @@ def singular_value(
 
 
 def residual_norm(
-    operator: LinearOperator | LatticeConvolution,
-    state: PowerState | LatticePowerState,
+    operator: Operator,
+    state: PowerStateLike,
 ) -> Float[Array, ""]:
     """`|A^H u - sigma v| / sigma` of the leading pair: zero if it has converged."""
     operator = as_operator(operator)
@@ -213,9 +222,7 @@ def _repeat(step: Callable[[PyTree], PyTree], state: PyTree, num_steps: int) -> 
     return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), state)
 
 
-def _to_rows(
-    operator: LinearOperator, state: PowerState | LatticePowerState
-) -> RowState:
+def _to_rows(operator: LinearOperator, state: PowerStateLike) -> RowState:
     if not isinstance(state, PowerState):
         raise TypeError(
             "expected `state` to be a `PowerState` from "
@@ -257,7 +264,7 @@ def _check_rows(
 
 
 def _checked_lattice_state(
-    operator: LatticeConvolution, state: PowerState | LatticePowerState
+    operator: LatticeConvolution, state: PowerStateLike
 ) -> LatticePowerState:
     if not isinstance(state, LatticePowerState):
         raise TypeError(

@@ -4,14 +4,19 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._custom_types import LinearOperator, Matrix
-from .._operators import accumulation_dtype, as_operator, LatticeConvolution
+from .._operators import (
+    accumulation_dtype,
+    as_operator,
+    LatticeConvolution,
+    Operator,
+    OperatorLike,
+)
 from ._lattice_norm import lattice_norm
 from ._triplet import differentiable_norm, TripletFinder
 
 
 def spectral_norm(
-    operator: Matrix | LinearOperator | LatticeConvolution,
+    operator: OperatorLike,
     *,
     key: PRNGKeyArray | None = None,
     rtol: float | None = None,
@@ -76,14 +81,12 @@ def spectral_norm(
     return _norm(operator, TripletFinder(key, tolerance, max_steps, dense=False))
 
 
-def exact_norm(operator: LinearOperator | LatticeConvolution) -> Float[Array, ""]:
+def exact_norm(operator: Operator) -> Float[Array, ""]:
     """The norm by dense singular value decompositions; derivatives as above."""
     return _norm(operator, TripletFinder(jr.key(0), 0.0, 1, dense=True))
 
 
-def _norm(
-    operator: LinearOperator | LatticeConvolution, find: TripletFinder
-) -> Float[Array, ""]:
+def _norm(operator: Operator, find: TripletFinder) -> Float[Array, ""]:
     if isinstance(operator, LatticeConvolution):
         return lattice_norm(operator, find)
     return differentiable_norm(operator, find)

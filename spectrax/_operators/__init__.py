@@ -1,4 +1,8 @@
-from ._convert import as_operator as as_operator
+from ._convert import (
+    as_operator as as_operator,
+    Operator as Operator,
+    OperatorLike as OperatorLike,
+)
 from ._convolution import (
     convolution_operator as convolution_operator,
     convolution_transpose_operator as convolution_transpose_operator,

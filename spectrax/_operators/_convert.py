@@ -1,15 +1,27 @@
 """What a user may hand to a norm: a matrix or a lineax operator."""
 
+from typing import Any, TYPE_CHECKING, TypeAlias
+
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Inexact
 
 from .._custom_types import LinearOperator
 from ._lattice import LatticeConvolution
 
 
-def as_operator(operator: object) -> LinearOperator | LatticeConvolution:
+Operator: TypeAlias = LinearOperator | LatticeConvolution
+
+# What users hand over is looked at by `as_operator`, whose messages say what was
+# expected; a run-time type checker must let it through to there.
+if TYPE_CHECKING:
+    OperatorLike: TypeAlias = Inexact[Array, "out in"] | Operator
+else:
+    OperatorLike: TypeAlias = Any
+
+
+def as_operator(operator: object) -> Operator:
     """Returns `operator` as a lineax operator; a 2-D array becomes its matrix.
 
     Operators (lineax's, and `LatticeConvolution`) pass through unchanged.

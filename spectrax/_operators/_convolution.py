@@ -9,6 +9,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Inexact
 
+from .._custom_types import LinearOperator
 from ._lattice import (
     boundary_gain,
     lattice_convolution,
@@ -21,7 +22,7 @@ def convolution_operator(
     layer: eqx.nn.Conv,
     weight: Inexact[Array, "out in_per_group *taps"],
     input_size: Sequence[int] | None,
-) -> lx.AbstractLinearOperator | LatticeConvolution:
+) -> LinearOperator | LatticeConvolution:
     """`layer` with this weight and without its bias."""
     if input_size is not None:
         return _at_size(layer, weight, input_size)
@@ -43,7 +44,7 @@ def convolution_transpose_operator(
     layer: eqx.nn.ConvTranspose,
     weight: Inexact[Array, "out in_per_group *taps"],
     input_size: Sequence[int] | None,
-) -> lx.AbstractLinearOperator | LatticeConvolution:
+) -> LinearOperator | LatticeConvolution:
     """The same for a transposed convolution."""
     if input_size is not None:
         return _at_size(layer, weight, input_size)
