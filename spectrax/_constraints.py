@@ -277,7 +277,7 @@ def _ratio(
     # Vectors that lag far behind the weight can see a negative value, and a constraint
     # never changes the sign of a weight.
     sigma = jnp.abs(sigma)
-    zero = sigma <= bound * jnp.finfo(sigma.dtype).tiny
+    zero = sigma <= bound * float(jnp.finfo(sigma.dtype).tiny)
     return jnp.where(zero, at_zero, bound / jnp.where(zero, 1, sigma))
 
 

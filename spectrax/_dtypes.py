@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float
 
 
 def widest(*dtypes: Any) -> Any:
@@ -15,6 +17,11 @@ def widest(*dtypes: Any) -> Any:
 def at_least_float32(*dtypes: Any) -> Any:
     """The same, and no narrower than float32: what products are accumulated in."""
     return widest(jnp.float32, *dtypes)
+
+
+def unit_complex(angle: Float[Array, "*shape"]) -> Complex[Array, "*shape"]:
+    """`exp(i angle)`."""
+    return lax.complex(jnp.cos(angle), jnp.sin(angle))
 
 
 def real_dtype(dtype: Any) -> Any:

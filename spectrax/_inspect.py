@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from ._constraints import apply_scale
 from ._norms import exact_norm, spectral_norm
 from ._operators import LatticeConvolution, Operator
+from ._select import search_weights
 from ._site import over_stack, Site, site_norm, site_operators
 from ._tree import as_path, follow, nodes, Path, path_string, replace
 from ._wrap import Wrapped, wrapped_modules
@@ -52,8 +53,8 @@ class Summary(Sequence[SummaryRow]):
     """What [`spectrax.summary`][] returns: a sequence of rows, which prints as a table.
 
     - `rows`: one [`spectrax.SummaryRow`][] for each constrained weight.
-    - `unconstrained`: path and shape of each array with two or more axes that has no
-        constraint.
+    - `unconstrained`: path and shape of each layer's weight without a constraint, and
+        of each array with two or more axes that belongs to no layer of a known type.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -146,15 +147,11 @@ def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> S
     """
     wrapped_modules(model, "summary")
     rows: list[SummaryRow] = []
-    constrained: set[Path] = set()
     for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped)):
-        if not isinstance(node, Wrapped):
-            continue
         root = as_path(key_path)
-        for site in node.sites:
+        for site in node.sites if isinstance(node, Wrapped) else ():
             rows += _rows(node, site, state, root, with_truth=true_norm)
-            constrained.add((*root, ("attr", "module"), *site.path))
-    return Summary(tuple(rows), tuple(_unconstrained(model, constrained)))
+    return Summary(tuple(rows), tuple(_unconstrained(model)))
 
 
 def _rows(
@@ -205,20 +202,18 @@ def _true_norm(operator: Operator) -> float:
     return float(np.linalg.norm(matrix.astype(wide), 2))
 
 
-def _unconstrained(
-    model: PyTree, constrained: set[Path]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Arrays that are at least matrices, outside the state and the constraints."""
+def _unconstrained(model: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    """The weights and the unknown matrices that are left without constrained ones."""
 
-    def is_index(node: Any) -> bool:
-        return isinstance(node, eqx.nn.StateIndex)
+    def bare(node: Any) -> Any:
+        if not isinstance(node, Wrapped):
+            return node
+        paths = [site.path for site in node.sites]
+        return replace(node.module, paths, [None] * len(paths))
 
-    for key_path, leaf in nodes(model, is_index):
-        path = as_path(key_path)
-        own = path in constrained or ("attr", "sites") in path
-        if not own and eqx.is_inexact_array(leaf) and leaf.squeeze().ndim >= 2:
-            shown = tuple(step for step in path if step != ("attr", "module"))
-            yield path_string(shown), leaf.shape
+    rest = jtu.tree_map(bare, model, is_leaf=lambda node: isinstance(node, Wrapped))
+    weights, strangers = search_weights(rest)
+    return [(path_string(p), follow(rest, p).shape) for p in weights + strangers]
 
 
 def _aligned(table: list[list[str]], left: int) -> list[str]:

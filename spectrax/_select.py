@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -35,7 +36,7 @@ def rule_at(model: PyTree, path: Path) -> tuple[Any, WeightRule]:
 
 def find_weights(model: PyTree) -> list[Path]:
     """The weights of all layers of known types. Warns of matrices that are none."""
-    paths, strangers = _search(model, ())
+    paths, strangers = search_weights(model)
     if not paths:
         raise ValueError(
             "expected a model with a weight to constrain, found none. It has the "
@@ -55,12 +56,12 @@ def find_weights(model: PyTree) -> list[Path]:
     return paths
 
 
-def _search(node: PyTree, root: Path) -> tuple[list[Path], list[Path]]:
+def search_weights(node: PyTree, root: Path = ()) -> tuple[list[Path], list[Path]]:
     """The weights below a node, and the matrices outside all known layers."""
     rules = rules_for(node)
     paths, strangers = [], []
     for rule in rules or ():
-        if not _is_tied(getattr(node, rule.name)):
+        if not _is_elsewhere(getattr(node, rule.name)):
             paths.append((*root, ("attr", rule.name)))
 
     def is_inner(inner: Any) -> bool:
@@ -71,7 +72,7 @@ def _search(node: PyTree, root: Path) -> tuple[list[Path], list[Path]]:
     for key_path, inner in nodes(node, is_inner):
         path = (*root, *as_path(key_path))
         if rules_for(inner) is not None and inner is not node:
-            inner_paths, inner_strangers = _search(inner, path)
+            inner_paths, inner_strangers = search_weights(inner, path)
             paths += inner_paths
             strangers += inner_strangers
         elif rules is None and eqx.is_inexact_array(inner) and inner.ndim >= 2:
@@ -79,9 +80,9 @@ def _search(node: PyTree, root: Path) -> tuple[list[Path], list[Path]]:
     return paths, strangers
 
 
-def _is_tied(weight: Any) -> bool:
-    """Whether `equinox.nn.Shared` has taken the weight away: it lives elsewhere."""
-    return type(weight).__name__ == "SharedNode"
+def _is_elsewhere(weight: Any) -> bool:
+    """Whether the weight has been taken away, as by `equinox.nn.Shared`."""
+    return weight is None or type(weight).__name__ == "SharedNode"
 
 
 def select_weights(
@@ -108,7 +109,7 @@ def _weights_in(model: PyTree, target: Any) -> list[Path]:
             "as in `where=lambda model: model.layers[0]`."
         )
     inside = {leaf.path for leaf in leaves}
-    paths = [path for path in _search(model, ())[0] if path in inside]
+    paths = [path for path in search_weights(model)[0] if path in inside]
     if not paths:
         raise ValueError(
             f"expected `where` to select something with a weight to constrain, got a "
@@ -123,7 +124,7 @@ def check_weight(model: PyTree, path: Path) -> Array:
     """The array at the path, if it is one that can be constrained."""
     weight = follow(model, path)
     name = path_string(path)
-    if not eqx.is_array(weight):
+    if not isinstance(weight, jax.Array):
         raise TypeError(
             f"expected the weight `{name}` to be a JAX array, got "
             f"{type(weight).__name__}. Select the array, or convert it with "
@@ -140,6 +141,13 @@ def check_weight(model: PyTree, path: Path) -> Array:
             f"expected the weight `{name}` to have at least two axes, got shape "
             f"{weight.shape}: a scalar or a vector is no linear map between vectors. "
             "Leave it out with `where`."
+        )
+    owner = follow(model, path[:-1]) if path else None
+    if layer is None and rules_for(owner):
+        raise ValueError(
+            f"expected a weight of {type(owner).__name__}, got `{name}`, which is not: "
+            f"its weights are {[rule.name for rule in rules_for(owner) or ()]}. Select "
+            "one of these, or the layer."
         )
     return weight
 

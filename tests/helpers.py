@@ -1,10 +1,26 @@
 """Independent truth, and the matrices on which norms go wrong."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import equinox as eqx
 import hypothesis.strategies as st
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import Array, config, PRNGKeyArray, PyTree
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the check of annotations: users have none, and see our own messages."""
+    before, config.jaxtyping_disable = config.jaxtyping_disable, True
+    try:
+        yield
+    finally:
+        config.jaxtyping_disable = before
 
 
 def true_norm(matrix: Any) -> float:
@@ -81,3 +97,60 @@ def matrices(
         st.integers(0, 2**32 - 1),
         st.sampled_from(exponents),
     )
+
+
+class Net(eqx.Module):
+    """A model with two weights, of shapes 4x4 and 2x4, and a method beside the call."""
+
+    first: eqx.nn.Linear
+    second: eqx.nn.Linear
+
+    def __init__(self, key: PRNGKeyArray, dtype: Any = None):
+        first, second = jr.split(key)
+        self.first = eqx.nn.Linear(4, 4, dtype=dtype, key=first)
+        self.second = eqx.nn.Linear(4, 2, dtype=dtype, key=second)
+
+    def hidden(self, x: Array) -> Array:
+        return jnp.tanh(self.first(x))
+
+    def __call__(self, x: Array) -> Array:
+        return self.second(self.hidden(x))
+
+
+def linear_weights(model: PyTree) -> list[Array]:
+    """The weights of all `equinox.nn.Linear` in a pytree, raw if it is wrapped."""
+
+    def is_linear(node: Any) -> bool:
+        return isinstance(node, eqx.nn.Linear)
+
+    leaves = jtu.tree_leaves(model, is_leaf=is_linear)
+    return [leaf.weight for leaf in leaves if is_linear(leaf)]
+
+
+def linear_norms(model: PyTree) -> list[float]:
+    """The true norms of those weights."""
+    return [true_norm(weight) for weight in linear_weights(model)]
+
+
+def with_norms(model: PyTree, *norms: float) -> PyTree:
+    """The model with its weights scaled to the given true norms, by numpy alone."""
+    weights = [
+        jnp.asarray(np.asarray(weight) * (norm / true_norm(weight)))
+        for weight, norm in zip(linear_weights(model), norms, strict=True)
+    ]
+    return eqx.tree_at(linear_weights, model, weights)
+
+
+def perturbed(model: PyTree, key: PRNGKeyArray, size: float = 0.3) -> PyTree:
+    """The model with noise added to those weights, as after a large update."""
+    weights = [
+        weight + size * jr.normal(jr.fold_in(key, i), weight.shape, weight.dtype)
+        for i, weight in enumerate(linear_weights(model))
+    ]
+    return eqx.tree_at(linear_weights, model, weights)
+
+
+def clone(state: eqx.nn.State) -> eqx.nn.State:
+    """The same state, which stays valid when the other is used up."""
+    leaves, treedef = jtu.tree_flatten(state)
+    return jtu.tree_unflatten(treedef, leaves)

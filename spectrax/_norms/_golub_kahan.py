@@ -115,16 +115,17 @@ class _Process:
         self, bases: GolubKahan, start: int, cycle: int | Int[Array, ""]
     ) -> GolubKahan:
         """Fills the bases from row `start` on."""
+        scale = bases.scale.astype(bases.right.dtype)
 
         def body(j: Int[Array, ""], bases: GolubKahan) -> GolubKahan:
             left_key, right_key = jr.split(jr.fold_in(jr.fold_in(self.key, cycle), j))
             right = bases.right.at[j].set(bases.next_right)
-            image = self.apply(bases.next_right[None]) / bases.scale
+            image = self.apply(bases.next_right[None]) / scale
             u, alpha, column = _orthogonalize(left_key, image, bases.left)
             left = bases.left.at[j].set(u)
             column = column.at[j].set(alpha.astype(column.dtype))
             projection = bases.projection.at[:, j].set(column)
-            image = self.adjoint(u[None]) / bases.scale
+            image = self.adjoint(u[None]) / scale
             v, beta, _ = _orthogonalize(right_key, image, right)
             return GolubKahan(left, right, projection, v, beta, bases.scale)
 
@@ -161,7 +162,7 @@ def _orthogonalize(
     row, before = normalize_rows(row)
     rest, coefficients = _project_out(row, basis)
     _, length = normalize_rows(rest)
-    tiny = 100 * jnp.finfo(rest.dtype).eps
+    tiny = 100 * float(jnp.finfo(rest.dtype).eps)
     exhausted = length[0] <= tiny
     fresh = random_rows(key, 1, row.shape[1], row.dtype)
     fresh, _ = _project_out(fresh, basis)
@@ -170,7 +171,7 @@ def _orthogonalize(
     direction, _ = _project_out(direction, basis)
     direction, _ = normalize_rows(direction)
     length = jnp.where(exhausted, 0, before[0] * length[0])
-    return direction[0], length, before[0] * coefficients[0]
+    return direction[0], length, before[0].astype(row.dtype) * coefficients[0]
 
 
 def _project_out(

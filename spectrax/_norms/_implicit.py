@@ -43,7 +43,7 @@ def solve_on_complement(
 
 def _is_solution(x: _Vector) -> Bool[Array, ""]:
     x = jax.lax.stop_gradient(x)
-    largest = 1 / (1e3 * jnp.finfo(x.dtype).eps)
+    largest = 1 / (1e3 * float(jnp.finfo(x.dtype).eps))
     return jnp.all(jnp.isfinite(x)) & (jnp.max(jnp.abs(x)) < largest)
 
 
@@ -53,11 +53,11 @@ def _solve(function: Callable[[_Vector], _Vector], rhs: _Vector) -> _Vector:
         return _conjugate_gradients(function, rhs)
 
     def real_function(pair: PyTree) -> PyTree:
-        y = function(pair[0] + 1j * pair[1])
+        y = function(jax.lax.complex(*pair))
         return y.real, y.imag
 
     real, imaginary = _conjugate_gradients(real_function, (rhs.real, rhs.imag))
-    return real + 1j * imaginary
+    return jax.lax.complex(real, imaginary)
 
 
 def _conjugate_gradients(function: Callable[[PyTree], PyTree], rhs: PyTree) -> PyTree:

@@ -24,10 +24,10 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, Inexact, Int, PRNGKeyArray
 
-from .._dtypes import real_dtype
+from .._dtypes import real_dtype, unit_complex
 from .._operators import accumulation_dtype, LatticeConvolution
 from ._power import leading_residual, leading_value, power_step, RowState
-from ._rows import random_rows
+from ._rows import phase_of, random_rows
 
 
 _MOST_CELLS = 512
@@ -89,7 +89,8 @@ def lattice_power_step(
     largest = jnp.max(jnp.abs(operator.kernel))
     # Frequencies are compared by squares, which must not overflow.
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    kernel = operator.kernel.astype(accumulation_dtype(operator)) / scale
+    dtype = accumulation_dtype(operator)
+    kernel = operator.kernel.astype(dtype) / scale.astype(dtype)
     centres = jnp.asarray(centres, state.frequency.dtype)
     offsets = jnp.asarray(_offsets(width), state.frequency.dtype)
 
@@ -152,10 +153,8 @@ def _candidate_step(
     rows = power_step(_at_frequency(operator, frequency), rows)
     frequency, value = _climb(operator, offsets, centre, frequency, rows)
     # `u^H F(w) v` at the new frequency, made real and positive again.
-    size = jnp.abs(value)
-    phase = jnp.where(size > 0, value / jnp.where(size > 0, size, 1), 1)
-    rows = eqx.tree_at(lambda rows: rows.u, rows, rows.u * phase)
-    return rows, frequency, size
+    rows = eqx.tree_at(lambda rows: rows.u, rows, rows.u * phase_of(value))
+    return rows, frequency, jnp.abs(value)
 
 
 def _climb(
@@ -170,9 +169,10 @@ def _climb(
     taps = operator.kernel[0].reshape(u.size, v.size, -1)
     amplitudes = jnp.einsum("o,oit,i->t", jnp.conj(u), taps, v, precision="highest")
     positions = operator.tap_positions()
+    weights = positions.astype(amplitudes.dtype)
 
     def wave(frequency: Float[Array, " dim"]) -> Complex[Array, " taps"]:
-        return amplitudes * jnp.exp(1j * (positions @ frequency))
+        return amplitudes * unit_complex(positions @ frequency)
 
     def better(new: Array, old: Array) -> Array:
         higher = jnp.abs(jnp.sum(wave(new))) > jnp.abs(jnp.sum(wave(old)))
@@ -181,18 +181,19 @@ def _climb(
 
     def newton(frequency: Float[Array, " dim"]) -> Float[Array, " dim"]:
         terms = wave(frequency)
-        value, slope = jnp.sum(terms), 1j * (terms @ positions)
-        curvature = -(positions.T * terms) @ positions
-        gradient = jnp.real(jnp.conj(value) * slope)
+        # `f = |sum|^2 / 2`; a derivative of `sum` brings down `i` times the positions.
+        value, moments = jnp.sum(terms), terms @ weights
+        curvature = (weights.T * terms[None]) @ weights
+        gradient = -jnp.imag(jnp.conj(value) * moments)
         hessian = jnp.real(
-            jnp.outer(jnp.conj(slope), slope) + jnp.conj(value) * curvature
+            jnp.outer(jnp.conj(moments), moments) - jnp.conj(value) * curvature
         )
         # An axis with one tap has no say: its row is zero and must not be singular.
         hessian -= jnp.diag(jnp.where(jnp.diagonal(hessian) == 0, 1.0, 0.0))
         return better(frequency - jnp.linalg.solve(hessian, gradient), frequency)
 
-    grid = centre + offsets
-    on_grid = grid[jnp.argmax(jnp.abs(jnp.exp(1j * grid @ positions.T) @ amplitudes))]
+    grid = centre[None] + offsets
+    on_grid = grid[jnp.argmax(jnp.abs(unit_complex(grid @ positions.T) @ amplitudes))]
     best = better(on_grid, current)
     best = lax.fori_loop(0, _NEWTON_STEPS, lambda _, w: newton(w), best)
     return best, jnp.sum(wave(best))

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
 from .._operators import adjoint_rows, apply_rows
-from ._rows import inner, keep_where, matmul, normalize_rows, orthonormalize
+from ._rows import (
+    inner,
+    keep_where,
+    matmul,
+    normalize_rows,
+    orthonormalize,
+    phase_of,
+)
 
 
 class PowerState(eqx.Module):
@@ -102,13 +109,10 @@ def _best_combinations(images: Rows) -> Inexact[Array, "block block"]:
     vectors of an iteration then do not cancel when they are averaged.
     """
     largest = jnp.max(jnp.abs(images))
-    images = images / jnp.where(largest > 0, largest, 1)
+    images = images / jnp.where(largest > 0, largest, 1).astype(images.dtype)
     _, vectors = jnp.linalg.eigh(inner(images, images))
     rows = jnp.conj(vectors[:, ::-1]).T
-    diagonal = jnp.diagonal(rows)
-    size = jnp.abs(diagonal)
-    phase = jnp.where(size > 0, diagonal / jnp.where(size > 0, size, 1), 1)
-    return rows * jnp.conj(phase)[:, None]
+    return rows * jnp.conj(phase_of(jnp.diagonal(rows)))[:, None]
 
 
 def leading_value(operator: LinearOperator, state: RowState) -> Float[Array, ""]:
@@ -122,7 +126,7 @@ def leading_residual(operator: LinearOperator, state: RowState) -> Float[Array, 
     """`|A^H u - sigma v| / sigma` of the leading pair; 0 for a zero operator."""
     u, v = _leading_pair(state)
     sigma = leading_value(operator, state)
-    _, length = normalize_rows(adjoint_rows(operator, u) - sigma * v)
+    _, length = normalize_rows(adjoint_rows(operator, u) - sigma.astype(v.dtype) * v)
     return length[0] / jnp.where(sigma == 0, 1, jnp.abs(sigma))
 
 

@@ -39,10 +39,11 @@ def normalize_rows(rows: Rows) -> tuple[Rows, Float[Array, " block"]]:
     """Rows of unit length, and the lengths they had. A zero row stays zero."""
     largest = jnp.max(jnp.abs(rows), axis=1)
     scale = jnp.where(largest > 0, largest, 1)
-    scaled = rows / scale[:, None]
+    scaled = rows / scale[:, None].astype(rows.dtype)
     # At least 1 for a nonzero row, so that no division can overflow.
     length = jnp.sqrt(jnp.sum(jnp.abs(scaled) ** 2, axis=1))
-    return scaled / jnp.where(length > 0, length, 1)[:, None], scale * length
+    divisor = jnp.where(length > 0, length, 1)[:, None].astype(rows.dtype)
+    return scaled / divisor, scale * length
 
 
 def orthonormalize(rows: Rows) -> Rows:
@@ -53,7 +54,7 @@ def orthonormalize(rows: Rows) -> Rows:
     instead of noise.
     """
     size = rows.shape[0]
-    ridge = 10 * size * jnp.finfo(rows.dtype).eps
+    ridge = 10 * size * float(jnp.finfo(rows.dtype).eps)
     gram = inner(rows, rows) + ridge * jnp.eye(size, dtype=rows.dtype)
     factor = jnp.linalg.cholesky(gram)
     # The small factor is inverted, as a triangular solve against long rows starts the
@@ -67,6 +68,13 @@ def orthonormalize(rows: Rows) -> Rows:
 def random_rows(key: PRNGKeyArray, block: int, size: int, dtype: DType) -> Rows:
     """Unit vectors, uniformly distributed on the (complex) sphere."""
     return normalize_rows(jr.normal(key, (block, size), dtype))[0]
+
+
+def phase_of(numbers: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """Each number divided by its absolute value; 1 for zero."""
+    size = jnp.abs(numbers)
+    safe = jnp.where(size > 0, size, 1).astype(numbers.dtype)
+    return jnp.where(size > 0, numbers / safe, 1)
 
 
 def keep_where(

@@ -101,9 +101,9 @@ def _triplet_jvp(
     sigma, u, v = triplet.sigma, triplet.u, triplet.v
     change, adjoint_change = _changes(operator, tangents[0], triplet)
     rate = _rate(change, triplet)
-    safe = jnp.where(sigma > 0, sigma, 1)
-    a = (change - u * rate) / safe
-    b = (adjoint_change - v * rate) / safe
+    safe = jnp.where(sigma > 0, sigma, 1).astype(u.dtype)
+    a = (change - u * rate.astype(u.dtype)) / safe
+    b = (adjoint_change - v * rate.astype(v.dtype)) / safe
 
     def image(x: Inexact[Array, " in"]) -> Inexact[Array, " out"]:
         return apply_rows(operator, x[None])[0] / safe

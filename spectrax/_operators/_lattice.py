@@ -15,7 +15,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
-from .._dtypes import at_least_float32, real_dtype
+from .._dtypes import at_least_float32, real_dtype, unit_complex
 
 
 class LatticeConvolution(eqx.Module):
@@ -43,7 +43,7 @@ class LatticeConvolution(eqx.Module):
         self, frequency: Float[Array, "points dim"]
     ) -> Complex[Array, "groups points out in"]:
         """The matrix `F(w)` of every group at each of the given frequencies."""
-        phases = jnp.exp(1j * frequency @ self.tap_positions().T)
+        phases = unit_complex(frequency @ self.tap_positions().T)
         taps = self.kernel.reshape(*self.kernel.shape[:3], -1).astype(phases.dtype)
         return jnp.einsum("goit,pt->gpoi", taps, phases, precision="highest")
 
