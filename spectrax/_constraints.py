@@ -82,7 +82,12 @@ class Clip(AbstractConstraint):
     identity; above it the derivative is that of `Normalize`, so that the norm can
     shrink again.
 
-    **Arguments:** and **Raises:** as [`spectrax.Normalize`][].
+    **Arguments:**
+
+    - `bound`: the largest norm to allow, positive and finite. A number, or an array
+        with one for each weight of a stack.
+
+    **Raises:** `ValueError` if `bound` is not positive and finite.
     """
 
     trainable: ClassVar[bool] = False
@@ -117,6 +122,7 @@ class ClipToInitial(AbstractConstraint):
     **Arguments:**
 
     - `factor`: positive and finite.
+    - `bound`: not to be given; the instance made for a weight has its bound here.
 
     **Raises:** `ValueError` if `factor` is not positive and finite.
     """

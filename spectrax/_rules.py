@@ -158,9 +158,9 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
         import spectrax
 
         conv = eqx.nn.Conv2d(3, 8, 3, padding=1, key=jax.random.key(0))
-        small = spectrax.layer_operator(conv, input_size=(8, 8))
-        every = spectrax.layer_operator(conv)
-        assert spectrax.spectral_norm(small) <= spectrax.spectral_norm(every)
+        operator = spectrax.layer_operator(conv, input_size=(8, 8))
+        state = spectrax.init_power_state(operator)
+        print(spectrax.singular_value(operator, state))
         ```
     """
     rules = rules_for(layer)

@@ -15,7 +15,6 @@ from ._triplet import differentiable_norm, differentiable_triplet, TripletFinder
 
 _BLOCK_SIZE = 4
 _NUM_STEPS = 32
-_NEWTON_STEPS = 3
 
 
 def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:
@@ -37,17 +36,12 @@ def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Arr
 def _best_frequencies(
     operator: LatticeConvolution, find: TripletFinder
 ) -> Float[Array, "groups dim"]:
-    """Where each group's `sigma(F(w))` is largest: power iteration, then Newton."""
+    """Where each group's `sigma(F(w))` is largest, found by power iteration."""
     operator = stop_gradient(operator)
     state = init_lattice_state(operator, find.key, _BLOCK_SIZE, _NUM_STEPS)
 
-    def polish(kernel: Array, frequency: Array) -> Array:
-        return lax.fori_loop(
-            0, _NEWTON_STEPS, lambda _, w: _newton_step(kernel, w, find), frequency
-        )
-
     leading = jax.vmap(lambda w, leader: w[leader])(state.frequency, state.leader)
-    return stop_gradient(jax.vmap(polish)(operator.kernel, leading))
+    return stop_gradient(leading)
 
 
 @_best_frequencies.def_jvp
@@ -116,15 +110,3 @@ def _hessian(
     values = jnp.linalg.eigvalsh(lax.stop_gradient(hessian))
     usable = jnp.all(values < -1e-6 * sigma)
     return jnp.where(usable, hessian, -jnp.eye(dim, dtype=hessian.dtype)), usable
-
-
-def _newton_step(
-    kernel: Inexact[Array, "out in *taps"],
-    frequency: Float[Array, " dim"],
-    find: TripletFinder,
-) -> Float[Array, " dim"]:
-    hessian, usable = _hessian(kernel, frequency, find)
-    step = jnp.linalg.solve(hessian, _slope(kernel, frequency, find))
-    new = frequency - jnp.where(usable, step, 0)
-    higher = _sigma_at(kernel, new, find) >= _sigma_at(kernel, frequency, find)
-    return jnp.where(higher, new, frequency)

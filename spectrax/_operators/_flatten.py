@@ -2,7 +2,7 @@ import lineax as lx
 from jaxtyping import Array, Inexact
 
 
-def flattened_kernel(weight: Inexact[Array, "out ..."]) -> lx.MatrixLinearOperator:
+def flattened_kernel(weight: Inexact[Array, "..."]) -> lx.MatrixLinearOperator:
     """The kernel of a convolution reshaped to a matrix of shape `[out, -1]`.
 
     This is the view of Miyato et al. (2018, section 2.1) and of most libraries. It is
@@ -15,11 +15,19 @@ def flattened_kernel(weight: Inexact[Array, "out ..."]) -> lx.MatrixLinearOperat
 
     **Arguments:**
 
-    - `weight`: an array of shape `[out, ...]`, as in `equinox.nn.Conv2d.weight`.
+    - `weight`: an array of shape `[out, ...]` with at least two axes, as in
+        `equinox.nn.Conv2d.weight`.
 
     **Returns:**
 
     A `lineax.MatrixLinearOperator` of shape `[out, size of the rest]`, linear in
     `weight`.
+
+    **Raises:** `ValueError` if `weight` has fewer than two axes.
     """
+    if weight.ndim < 2:
+        raise ValueError(
+            "expected a kernel with at least two axes, [out, ...], got shape "
+            f"{weight.shape}."
+        )
     return lx.MatrixLinearOperator(weight.reshape(weight.shape[0], -1))

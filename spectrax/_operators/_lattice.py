@@ -32,8 +32,12 @@ class LatticeConvolution(eqx.Module):
     not tight. Build the operator with `spectrax.layer_operator(layer, input_size=...)`
     if you know the size.
 
-    The fields are data for the norms of this library; it is not a `lineax` operator,
-    as its vectors have no finite size.
+    It is not a `lineax` operator, as its vectors have no finite size. Its fields are
+    data for the norms of this library; `spectrax.layer_operator` makes it.
+
+    - `kernel`: `[groups, out, in, *taps]`, both channels per group, after `stride` has
+        been folded.
+    - `gain`: see above.
     """
 
     kernel: Inexact[Array, "groups out in *taps"]
