@@ -24,15 +24,6 @@ NAMES = sorted(
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(spectrax, name))]
 CLASSES = [name for name in NAMES if inspect.isclass(getattr(spectrax, name))]
 
-# The conversion of an array has no failure of its own.
-NEVER_RAISES = {"flattened_kernel"}
-# Arguments that are explained elsewhere, or not to be given by users.
-ELSEWHERE = {
-    ("Clip", "bound"),  # as Normalize
-    ("ClipToInitial", "bound"),  # from `init`
-    ("LatticeConvolution", "kernel"),  # from `layer_operator`
-}
-
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^::: spectrax\.(\w+)$", re.MULTILINE)
 
@@ -145,7 +136,7 @@ def test_sections_of_functions(name: str):
     function = getattr(spectrax, name)
     docstring = inspect.getdoc(function) or ""
     signature = inspect.signature(function)
-    expected = {"Arguments"} if name in NEVER_RAISES else {"Arguments", "Raises"}
+    expected = {"Arguments", "Raises"}
     if signature.return_annotation is not None:
         expected.add("Returns")
     assert expected <= heads(docstring)
@@ -163,7 +154,7 @@ def test_fields_of_classes(name: str):
         for argument in inspect.signature(cls).parameters
         if f"`{argument}`" not in docstring
     }
-    assert missing <= ELSEWHERE
+    assert not missing
 
 
 @pytest.mark.parametrize(
