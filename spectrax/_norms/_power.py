@@ -64,7 +64,7 @@ def power_step(operator: LinearOperator, state: RowState) -> RowState:
     """
     step = _single_step if state.momentum is None else _block_step
     new = step(operator, state)
-    finite = jnp.all(jnp.isfinite(new.u)) & jnp.all(jnp.isfinite(new.v))
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(new)]).all()
     return jtu.tree_map(ft.partial(jnp.where, finite), new, state)
 
 
@@ -86,12 +86,12 @@ def _block_step(operator: LinearOperator, state: RowState) -> RowState:
     basis = orthonormalize(jnp.concatenate([old, new]))
     images = apply_rows(operator, basis)
     coefficients = _best_combinations(images)[:block]
-    v, length = normalize_rows(matmul(coefficients, basis))
+    v, _ = normalize_rows(matmul(coefficients, basis))
     u, image_length = normalize_rows(matmul(coefficients, images))
     momentum = matmul(coefficients[:, block:], basis[block:])
     return RowState(
         keep_where(image_length > 0, u, state.u),
-        keep_where(length > 0, v, state.v),
+        keep_where(image_length > 0, v, state.v),
         normalize_rows(momentum)[0],
     )
 

@@ -62,7 +62,10 @@ def orthonormalize(rows: Rows) -> Rows:
     inverse = lax.linalg.triangular_solve(
         factor, jnp.eye(size, dtype=rows.dtype), left_side=True, lower=True
     )
-    return matmul(inverse, rows)
+    # `inverse @ rows` has the Gram matrix `I - ridge * slack`; half of that
+    # added makes them orthonormal again, where they are not nearly dependent.
+    slack = inner(inverse, inverse)
+    return matmul(inverse + ridge / 2 * matmul(slack, inverse), rows)
 
 
 def random_rows(key: PRNGKeyArray, block: int, size: int, dtype: DType) -> Rows:

@@ -30,9 +30,16 @@ def as_operator(operator: object) -> Operator:
 
     - `TypeError` if `operator` is neither an array nor an operator, or not of a
         floating-point or complex dtype.
-    - `ValueError` if an array is not two-dimensional, or empty.
+    - `ValueError` if an array is not two-dimensional, or if anything is empty.
     """
-    if isinstance(operator, LatticeConvolution | lx.AbstractLinearOperator):
+    if isinstance(operator, LatticeConvolution):
+        return operator
+    if isinstance(operator, lx.AbstractLinearOperator):
+        if operator.in_size() == 0 or operator.out_size() == 0:
+            raise ValueError(
+                "expected an operator between spaces with dimensions, got one from "
+                f"{operator.in_size()} to {operator.out_size()} entries."
+            )
         return operator
     if not isinstance(operator, Array | np.ndarray):
         raise TypeError(
