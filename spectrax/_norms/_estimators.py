@@ -56,7 +56,7 @@ class PowerIteration(AbstractEstimator[Any]):
     """Power iteration, a few steps at every update: [`spectrax.power_iterate`][].
 
     **Kind:** an estimate, never above the norm (rounding apart). While training it
-    lags behind the weights; how far is measured in the guide.
+    lags behind the weights; the guide to training says how far.
 
     **Arguments:**
 

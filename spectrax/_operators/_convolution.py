@@ -66,6 +66,12 @@ def _at_size(
         )
     structure = jax.ShapeDtypeStruct((layer.in_channels, *size), weight.dtype)
     linear = eqx.tree_at(lambda conv: conv.weight, _without_bias(layer), weight)
+    if 0 in jax.eval_shape(linear, structure).shape:
+        raise ValueError(
+            f"expected `input_size` to be large enough for an output, got {size} with "
+            f"a kernel of size {layer.kernel_size}, dilation {layer.dilation}, and "
+            f"padding {layer.padding}."
+        )
     # The layer itself is the function, so that padding, stride and the rest mean here
     # exactly what they mean there.
     return lx.FunctionLinearOperator(linear, structure, closure_convert=False)
