@@ -383,6 +383,20 @@ def test_norm_of_drawn_kernels(kernel):
     np.testing.assert_allclose(norm, scale * supremum(kernel / scale), rtol=1e-5)
 
 
+def test_no_saddle_at_a_symmetric_frequency_is_taken_for_the_maximum(getkey):
+    # At the frequencies 0 and pi the symbol of a real kernel is real, and the slope of
+    # its norm zero, even where it is no maximum. Here it is higher beside pi.
+    kernel = [[[-3, 1, -3], [-3, 1, 0]], [[-3, -3, 2], [3, 3, 3]]]
+    weight = jnp.asarray(kernel, float)
+    norm, value = _estimates(weight[None])
+    options = {"padding": 1, "padding_mode": "circular", "use_bias": False}
+    conv = eqx.nn.Conv1d(2, 2, 3, **options, key=getkey())
+    conv = eqx.tree_at(lambda conv: conv.weight, conv, weight)
+    assert norm_at(conv, (23,)) <= norm * (1 + 1e-9)
+    np.testing.assert_allclose(norm, supremum(weight), rtol=1e-8)
+    np.testing.assert_allclose(value, supremum(weight), rtol=5e-4)
+
+
 def test_more_steps_converge(getkey):
     kernel = jr.normal(getkey(), (1, 3, 4, 3))
     sup = supremum(kernel[0])

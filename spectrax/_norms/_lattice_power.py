@@ -56,10 +56,14 @@ class LatticePowerState(eqx.Module):
 def init_lattice_state(
     operator: LatticeConvolution, key: PRNGKeyArray, block_size: int, num_steps: int
 ) -> LatticePowerState:
-    """Random vectors at the cells' centres, then `num_steps` steps."""
+    """Random vectors off the cells' centres, then `num_steps` steps.
+
+    Off the centres, as the symbol of a real kernel is real at some of them: vectors
+    become real there, and then see no slope even where there is no maximum.
+    """
     groups, out, in_ = operator.kernel.shape[:3]
     block = min(block_size, out, in_)
-    centres, _ = _cells(operator)
+    centres, width = _cells(operator)
     dtype = accumulation_dtype(operator)
     u_key, v_key = jr.split(key)
 
@@ -68,7 +72,7 @@ def init_lattice_state(
         return rows.reshape(groups, len(centres), block, size)
 
     v = start(v_key, in_)
-    frequency = jnp.asarray(centres, real_dtype(dtype))
+    frequency = jnp.asarray(centres + 0.3 * width, real_dtype(dtype))
     state = LatticePowerState(
         u=start(u_key, out),
         v=v,
@@ -228,6 +232,9 @@ def _cells(
 
 
 def _offsets(width: Float[np.ndarray, " dim"]) -> Float[np.ndarray, "points dim"]:
-    """Points in a cell, relative to its centre, for Newton's method to start from."""
-    axes = [w * np.linspace(-0.5, 0.5, 5) for w in width]
+    """Points in a cell, relative to its centre, for Newton's method to start from.
+
+    An even number, so that the centre is none of them: see `init_lattice_state`.
+    """
+    axes = [w * np.linspace(-0.5, 0.5, 6) for w in width]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(width))
