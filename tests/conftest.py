@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import jax
@@ -18,6 +18,14 @@ hypothesis.settings.register_profile(
     "ordinary", deadline=None, max_examples=25, print_blob=True
 )
 hypothesis.settings.load_profile("ordinary")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clear_caches() -> Iterator[None]:
+    """Frees what a module compiled: each program holds maps of memory, of which a
+    process may have only so many, and the compiler aborts when they run out."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -391,7 +391,7 @@ def test_known_layers_are_named_in_errors():
     model = Unheard(jnp.ones((2, 2)))
     spectrax.register_layer(Heard)
     with pytest.raises(
-        TypeError, match=r"got Unheard\. Known are Conv, .*Heard, .*Linear"
+        TypeError, match=r"got Unheard\. Known are .*Conv, .*Heard, .*Linear"
     ) as caught:
         spectrax.layer_operator(model)
     # Those without weights are of no use to anybody.
