@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,8 @@ import jax.tree_util as jtu
 import numpy as np
 import scipy.optimize
 from jaxtyping import PRNGKeyArray
+
+import spectrax
 
 from .helpers import true_norm
 
@@ -151,3 +154,29 @@ def supremum_of(conv: Any) -> float:
         groups=conv.groups,
         transpose=isinstance(conv, eqx.nn.ConvTranspose),
     )
+
+
+def check_gradient_through_wrapped(
+    model: Any,
+    state: eqx.nn.State,
+    norm: Callable[[np.ndarray], float],
+    *,
+    cotangent: np.ndarray,
+    step: float,
+) -> None:
+    """Compares the derivative of a wrapped layer's constrained weight with finite
+    differences of `weight / norm(weight)`, for the true norm."""
+
+    @eqx.filter_grad
+    def gradient(model: Any) -> jax.Array:
+        return jnp.sum(spectrax.unwrap(model, state).weight * cotangent)
+
+    def true_value(weight: np.ndarray) -> float:
+        return float(np.sum(weight * cotangent) / norm(weight))
+
+    found = gradient(model).module.weight
+    weight = np.asarray(model.module.weight)
+    units = step * np.eye(weight.size).reshape(-1, *weight.shape)
+    differences = [true_value(weight + h) - true_value(weight - h) for h in units]
+    truth = np.array(differences).reshape(weight.shape) / (2 * step)
+    np.testing.assert_allclose(found, truth, atol=1e-5 * np.abs(truth).max())

@@ -10,7 +10,12 @@ import pytest
 
 import spectrax
 
-from .convolutions import case, dense, norm_at
+from .convolutions import (
+    case,
+    check_gradient_through_wrapped,
+    dense,
+    norm_at,
+)
 from .helpers import true_norm, unchecked
 
 
@@ -268,20 +273,13 @@ def test_derivative_through_the_wrapped_layer(getkey):
     state = spectrax.advance(model, state, num_steps=100)
     cotangent = np.asarray(jr.normal(getkey(), conv.weight.shape))
 
-    @eqx.filter_grad
-    def gradient(model):
-        return jnp.sum(spectrax.unwrap(model, state).weight * cotangent)
-
-    def true_value(weight):
-        norm = true_norm(np.tensordot(weight.ravel(), basis, 1))
-        return np.sum(weight * cotangent) / norm
-
-    found = gradient(model).module.weight
-    weight = np.asarray(conv.weight)
-    units = 1e-5 * np.eye(weight.size).reshape(-1, *weight.shape)
-    differences = [true_value(weight + h) - true_value(weight - h) for h in units]
-    truth = np.array(differences).reshape(weight.shape) / 2e-5
-    np.testing.assert_allclose(found, truth, atol=1e-5 * np.abs(truth).max())
+    check_gradient_through_wrapped(
+        model,
+        state,
+        lambda weight: true_norm(np.tensordot(weight.ravel(), basis, 1)),
+        cotangent=cotangent,
+        step=1e-5,
+    )
 
 
 # Wrapped layers.

@@ -14,7 +14,15 @@ import pytest
 
 import spectrax
 
-from .convolutions import case, grid, norm_at, supremum, supremum_of, symbol_norms
+from .convolutions import (
+    case,
+    check_gradient_through_wrapped,
+    grid,
+    norm_at,
+    supremum,
+    supremum_of,
+    symbol_norms,
+)
 
 
 # Compilation takes many seconds for each shape of a kernel. So the tests go through
@@ -450,20 +458,13 @@ def test_derivative_through_the_wrapped_layer(getkey):
     state = spectrax.advance(model, state, num_steps=100)
     cotangent = np.asarray(jr.normal(getkey(), conv.weight.shape))
 
-    @eqx.filter_grad
-    def gradient(model):
-        return jnp.sum(spectrax.unwrap(model, state).weight * cotangent)
-
-    def true_value(weight):
-        norm = supremum(weight, stride=(2,), groups=2)
-        return np.sum(weight * cotangent) / norm
-
-    found = gradient(model).module.weight
-    weight = np.asarray(conv.weight)
-    units = 1e-4 * np.eye(weight.size).reshape(-1, *weight.shape)
-    differences = [true_value(weight + h) - true_value(weight - h) for h in units]
-    truth = np.array(differences).reshape(weight.shape) / 2e-4
-    np.testing.assert_allclose(found, truth, atol=1e-5 * np.abs(truth).max())
+    check_gradient_through_wrapped(
+        model,
+        state,
+        lambda weight: supremum(weight, stride=(2,), groups=2),
+        cotangent=cotangent,
+        step=1e-4,
+    )
 
 
 def test_derivative_at_a_zero_kernel_is_zero(getkey):

@@ -217,8 +217,8 @@ def _cells(
     """
     taps = operator.kernel.shape[3:]
     most = int(_MOST_CELLS ** (1 / operator.dim) + 1e-9)
-    # The symbol has degree k - 1. With four cells per degree, and eight at least, no
-    # candidate was seen to end on a lesser maximum of its cell; with two, one in ten.
+    # The symbol has degree k - 1. With four cells per degree, and eight at least, few
+    # candidates end on a lesser maximum of their cell; with two, up to one in five did.
     counts = [1 if k == 1 else min(max(8, 4 * (k - 1)), most) for k in taps]
     points = list(it.product(*map(range, counts)))
     if not jnp.iscomplexobj(operator.kernel):

@@ -53,8 +53,7 @@ def init_power_state(
     """Singular vectors to start power iteration from.
 
     The leading `block_size` pairs after `num_steps` steps of Golub-Kahan-Lanczos
-    bidiagonalisation, which come far closer than as many power steps: on square
-    Gaussian matrices to about 1e-4 of the norm after 32.
+    bidiagonalisation, which come closer than as many power steps.
 
     **Arguments:**
 
@@ -62,7 +61,7 @@ def init_power_state(
         `spectrax.layer_operator` returns.
     - `key`: randomness of the starting vectors. Optional; a fixed key if not given.
     - `block_size`: how many pairs to carry. More pairs track a changing operator more
-        closely, and each step's products take that many vectors. It is cut to the
+        closely, and each step's products take more vectors. It is cut to the
         smaller side of the operator, beyond which there are no further pairs. One pair
         is the power iteration of Miyato et al. (2018).
     - `num_steps`: steps of the bidiagonalisation. With 0 the vectors are random.

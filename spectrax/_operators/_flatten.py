@@ -9,9 +9,9 @@ def flattened_kernel(weight: Inexact[Array, "..."]) -> lx.MatrixLinearOperator:
     here for parity with them. **Its norm is not the norm of the convolution**: it is
     the norm of the map from one patch to one output pixel, and a convolution applies
     that map to overlapping patches. For stride 1 the true norm can be larger by a
-    factor of up to `sqrt(number of taps)` (an all-ones 3x3 kernel: 3 against 9), and on
-    trained kernels it usually is larger. Use it to reproduce published results; use
-    `spectrax.layer_operator` for a bound that holds.
+    factor of up to `sqrt(number of taps)` (an all-ones 3x3 kernel: 3 against 9). Use it
+    to reproduce published results; use `spectrax.layer_operator` for a bound that
+    holds.
 
     **Arguments:**
 

@@ -91,12 +91,14 @@ def lattice_convolution_transpose(
     """The same for `equinox.nn.ConvTranspose`.
 
     It is the transpose of a strided convolution from its output to its input, and an
-    operator and its transpose have one norm.
+    operator and its transpose have one norm. That convolution's kernel is also flipped,
+    which turns a frequency into its opposite and so is left out.
     """
     out, in_per_group, *taps = weight.shape
     kernel = weight.reshape(groups, out // groups, in_per_group, *taps)
-    kernel = jnp.flip(jnp.swapaxes(kernel, 1, 2), tuple(range(3, kernel.ndim)))
-    kernel = kernel.reshape(groups * in_per_group, out // groups, *taps)
+    kernel = jnp.swapaxes(kernel, 1, 2).reshape(
+        groups * in_per_group, out // groups, *taps
+    )
     return lattice_convolution(
         kernel, stride=stride, dilation=dilation, groups=groups, gain=1.0
     )
