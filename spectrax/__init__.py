@@ -10,6 +10,7 @@ from ._constraints import (
     Normalize as Normalize,
     normalize as normalize,
 )
+from ._enclosures import enclose_norm as enclose_norm, Enclosure as Enclosure
 from ._inspect import (
     Summary as Summary,
     summary as summary,
@@ -28,6 +29,7 @@ from ._norms import (
 )
 from ._operators import (
     flattened_kernel as flattened_kernel,
+    fourier_multiplier as fourier_multiplier,
     LatticeConvolution as LatticeConvolution,
 )
 from ._rules import layer_operator as layer_operator, register_layer as register_layer

@@ -25,7 +25,9 @@ def stop_gradient(tree: _Tree) -> _Tree:
     return eqx.combine(lax.stop_gradient(arrays), rest)
 
 
-def matmul(a: Inexact[Array, "a b"], b: Inexact[Array, "b c"]) -> Array:
+def matmul(
+    a: Inexact[Array, "*batch a b"], b: Inexact[Array, "*batch b c"]
+) -> Inexact[Array, "*batch a c"]:
     """A product that no accelerator rounds to fewer bits than its dtype has."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 

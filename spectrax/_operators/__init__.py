@@ -8,6 +8,10 @@ from ._convolution import (
     convolution_transpose_operator as convolution_transpose_operator,
 )
 from ._flatten import flattened_kernel as flattened_kernel
+from ._fourier import (
+    fourier_multiplier as fourier_multiplier,
+    FourierMultiplier as FourierMultiplier,
+)
 from ._lattice import LatticeConvolution as LatticeConvolution
 from ._products import (
     accumulation_dtype as accumulation_dtype,
