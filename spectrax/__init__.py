@@ -10,7 +10,12 @@ from ._constraints import (
     Normalize as Normalize,
     normalize as normalize,
 )
-from ._enclosures import enclose_norm as enclose_norm, Enclosure as Enclosure
+from ._enclosures import (
+    enclose_norm as enclose_norm,
+    Enclosure as Enclosure,
+    GramIteration as GramIteration,
+    probable_upper_bound as probable_upper_bound,
+)
 from ._inspect import (
     Summary as Summary,
     summary as summary,
@@ -21,6 +26,7 @@ from ._norms import (
     ExactSVD as ExactSVD,
     init_power_state as init_power_state,
     LatticePowerState as LatticePowerState,
+    NormSolution as NormSolution,
     power_iterate as power_iterate,
     PowerIteration as PowerIteration,
     PowerState as PowerState,

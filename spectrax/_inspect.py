@@ -1,7 +1,8 @@
 """A look at the constrained weights of a model."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import equinox as eqx
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._constraints import apply_scale
+from ._enclosures import enclose_norm
 from ._norms import exact_norm, spectral_norm
 from ._operators import LatticeConvolution, Operator
 from ._select import search_weights
@@ -34,6 +36,8 @@ class SummaryRow:
     - `norm`: the norm of the constrained weight by the same estimate.
     - `bound`: the norm that is allowed.
     - `residual`: `|A^H u - sigma v| / sigma`: how far the estimate is from converged.
+    - `lower`, `upper`: what the norm of the constrained weight, as it is stored, is
+        proven to lie between: [`spectrax.enclose_norm`][]. `None` if not asked for.
     - `true_norm`: the norm of the constrained weight, computed independently of the
         state; `None` if it was not asked for.
     """
@@ -45,6 +49,8 @@ class SummaryRow:
     norm: float
     bound: float
     residual: float
+    lower: float | None
+    upper: float | None
     true_norm: float | None
 
 
@@ -75,6 +81,9 @@ class Summary(Sequence[SummaryRow]):
 
     def __str__(self) -> str:
         header = ["path", "layer", "shape", "sigma", "norm", "bound", "residual"]
+        with_ends = any(row.upper is not None for row in self.rows)
+        if with_ends:
+            header += ["proven from", "to"]
         with_truth = any(row.true_norm is not None for row in self.rows)
         if with_truth:
             header.append("true norm")
@@ -89,8 +98,13 @@ class Summary(Sequence[SummaryRow]):
                 f"{row.bound:.6f}",
                 f"{row.residual:.1e}",
             ]
+            if with_ends:
+                cells += [
+                    _rounded(row.lower, math.floor),
+                    _rounded(row.upper, math.ceil),
+                ]
             if with_truth:
-                cells.append("" if row.true_norm is None else f"{row.true_norm:.6f}")
+                cells.append(_rounded(row.true_norm, round))
             table.append(cells)
         lines = _aligned(table, left=3)
         lines.insert(1, "-" * len(lines[0]))
@@ -102,14 +116,21 @@ class Summary(Sequence[SummaryRow]):
     __repr__ = __str__
 
 
-def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> Summary:
+def summary(
+    model: PyTree,
+    state: eqx.nn.State,
+    *,
+    enclosure: bool = True,
+    true_norm: bool = False,
+) -> Summary:
     """The constrained weights of a model: norms, bounds, and how converged they are.
 
     **Kind:** `sigma` and `norm` are what the estimator says, by default an estimate.
-    With `true_norm=True` the norm of the constrained weight as it is stored is computed
-    as well: exactly for matrices, by a singular value decomposition in float64; for a
-    convolution at every input size by one at the best frequency that a search finds;
-    for an operator too large to be written out (2^24 entries) converged with
+    `lower` and `upper` are proven bounds on the norm of the constrained weight as it is
+    stored, by [`spectrax.enclose_norm`][]; printed, they are rounded outward. With
+    `true_norm=True` that norm is computed as well: exactly for matrices, by a singular
+    value decomposition in float64; for a convolution at every input size by one at the
+    best frequency that a search finds; for an operator too large to be written out (2^24 entries) converged with
     [`spectrax.spectral_norm`][].
 
     **Arguments:**
@@ -117,6 +138,7 @@ def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> S
     - `model`: what `wrap` returned, or any pytree with such modules in it. Concrete
         arrays: not under `jit`.
     - `state`: the model's state. It stays valid and nothing advances.
+    - `enclosure`: whether to compute the proven bounds.
     - `true_norm`: whether to compute the true norms.
 
     **Returns:**
@@ -124,8 +146,8 @@ def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> S
     A [`spectrax.Summary`][]: print it, iterate over its rows, or index it. Stacks of
     weights have one row for each.
 
-    **Cost:** a few products with each weight; with `true_norm=True` a decomposition of
-    each.
+    **Cost:** an enclosure of each weight, compiled once for each shape; without, a few
+    products with it. With `true_norm=True` a decomposition of each.
 
     **Raises:** `ValueError` if nothing in `model` is wrapped or, by Equinox, if `state`
     is an old one.
@@ -150,12 +172,17 @@ def summary(model: PyTree, state: eqx.nn.State, *, true_norm: bool = False) -> S
     for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped)):
         root = as_path(key_path)
         for site in node.sites if isinstance(node, Wrapped) else ():
-            rows += _rows(node, site, state, root, with_truth=true_norm)
+            rows += _rows(node, site, state, root, enclosure, true_norm)
     return Summary(tuple(rows), tuple(_unconstrained(model)))
 
 
 def _rows(
-    wrapped: Wrapped, site: Site, state: eqx.nn.State, root: Path, *, with_truth: bool
+    wrapped: Wrapped,
+    site: Site,
+    state: eqx.nn.State,
+    root: Path,
+    with_ends: bool,  # noqa: FBT001
+    with_truth: bool,  # noqa: FBT001
 ) -> list[SummaryRow]:
     operators, depth = site_operators(wrapped.module, site)
     sigma = site_norm(wrapped.module, site, state)
@@ -172,6 +199,7 @@ def _rows(
     for index in np.ndindex(sigma.shape):
         operator = _at(operators, index)
         suffix = "".join(f"[{i}]" for i in index)
+        box = enclose_norm(operator) if with_ends else None
         rows.append(
             SummaryRow(
                 path=path_string((*root, *site.path)) + suffix,
@@ -181,10 +209,20 @@ def _rows(
                 norm=float(jnp.abs(sigma[index]) * scale[index]),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
+                lower=None if box is None else float(box.lower),
+                upper=None if box is None else float(box.upper),
                 true_norm=_true_norm(operator) if with_truth else None,
             )
         )
     return rows
+
+
+def _rounded(value: float | None, direction: Callable[[float], int]) -> str:
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{direction(value * 1e6) / 1e6:.6f}"
 
 
 def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:

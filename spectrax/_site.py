@@ -85,9 +85,23 @@ def site_operators(module: PyTree, site: Site) -> tuple[Operator, int]:
     return _operators(module, site.path, site.view, site.input_size)
 
 
+def site_view(module: PyTree, site: Site) -> tuple[Callable[[Array], Operator], int]:
+    """From one weight of a site's stack to its operator, and the number of stacked
+    axes.
+    """
+    return _view(module, site.path, site.view, site.input_size)
+
+
 def _operators(
     module: PyTree, path: Path, view: View | None, input_size: tuple[int, ...] | None
 ) -> tuple[Operator, int]:
+    build, depth = _view(module, path, view, input_size)
+    return over_stack(build, depth)(follow(module, path)), depth
+
+
+def _view(
+    module: PyTree, path: Path, view: View | None, input_size: tuple[int, ...] | None
+) -> tuple[Callable[[Array], Operator], int]:
     weight = follow(module, path)
     layer, rule = rule_at(module, path)
 
@@ -98,8 +112,7 @@ def _operators(
 
     # An array of no known layer may have any number of axes if the view says so.
     strange = layer is None and view is not None
-    depth = 0 if strange else rule.stack_ndim(layer, weight)
-    return over_stack(build, depth)(weight), depth
+    return build, 0 if strange else rule.stack_ndim(layer, weight)
 
 
 def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:

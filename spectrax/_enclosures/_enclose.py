@@ -43,6 +43,13 @@ from ._rounding import (
 )
 
 
+_KNOWN_FUNCTIONS = eqx.nn.Conv | eqx.nn.ConvTranspose | FourierMultiplier
+_TRANSPARENT = (
+    lx.TaggedLinearOperator
+    | lx.NegLinearOperator
+    | lx.MulLinearOperator
+    | lx.DivLinearOperator
+)
 _BASIS_SIZE = 32
 # Convolutions of no more entries are written out as well. Other paddings than zeros
 # have looser bounds otherwise.
@@ -58,6 +65,27 @@ class Effort:
     rtol: float
     max_steps: int
     materialise: bool
+
+
+def check_provable(operator: Operator) -> None:
+    """Raises if no upper bound on the operator's norm can be proven."""
+    if not _provable(operator):
+        raise ValueError(
+            "expected an operator whose norm can be bounded from above: a matrix, a "
+            "convolution, a Fourier multiplier, or a sum or product of such; got "
+            f"{type(operator).__name__}, of which only products are known. Return a "
+            "matrix from the `view`, for example with `.as_matrix()`."
+        )
+
+
+def _provable(operator: Operator) -> bool:
+    if isinstance(operator, lx.AddLinearOperator | lx.ComposedLinearOperator):
+        return _provable(operator.operator1) and _provable(operator.operator2)
+    if isinstance(operator, _TRANSPARENT):
+        return _provable(operator.operator)
+    if isinstance(operator, lx.FunctionLinearOperator):
+        return isinstance(operator.fn, _KNOWN_FUNCTIONS)
+    return enclose.dispatch(type(operator)) is not enclose.dispatch(object)
 
 
 @ft.singledispatch

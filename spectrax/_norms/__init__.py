@@ -11,4 +11,9 @@ from ._power_iteration import (
     PowerStateLike as PowerStateLike,
     singular_value as singular_value,
 )
-from ._spectral_norm import exact_norm as exact_norm, spectral_norm as spectral_norm
+from ._rows import stop_gradient as stop_gradient
+from ._spectral_norm import (
+    exact_norm as exact_norm,
+    NormSolution as NormSolution,
+    spectral_norm as spectral_norm,
+)

@@ -10,7 +10,12 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, PyTree
 from .._operators import LatticeConvolution
 from ._lattice_power import init_lattice_state
 from ._rows import stop_gradient
-from ._triplet import differentiable_norm, differentiable_triplet, TripletFinder
+from ._triplet import (
+    differentiable_norm,
+    differentiable_triplet,
+    triplet_residual,
+    TripletFinder,
+)
 
 
 # The search for the frequency, from a cold start. On kernels of small integers, which
@@ -32,6 +37,20 @@ def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Arr
         return _sigma_at(kernel, frequency, find)
 
     return operator.gain * jnp.max(jax.vmap(group_norm)(operator.kernel, frequencies))
+
+
+def lattice_norm_residual(
+    operator: LatticeConvolution, find: TripletFinder
+) -> Float[Array, ""]:
+    """The largest residual over the groups, each at its best frequency."""
+    frequencies = _best_frequencies(operator, find)
+
+    def group_residual(kernel: Array, frequency: Array) -> Float[Array, ""]:
+        return triplet_residual(
+            lx.MatrixLinearOperator(_symbol(kernel, frequency)), find
+        )
+
+    return jnp.max(jax.vmap(group_residual)(operator.kernel, frequencies))
 
 
 @eqx.filter_custom_jvp

@@ -1,7 +1,11 @@
 """The spectral norm, converged."""
 
+from typing import Literal, overload
+
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._operators import (
@@ -11,17 +15,51 @@ from .._operators import (
     Operator,
     OperatorLike,
 )
-from ._lattice_norm import lattice_norm
-from ._triplet import differentiable_norm, TripletFinder
+from ._lattice_norm import lattice_norm, lattice_norm_residual
+from ._triplet import differentiable_norm, triplet_residual, TripletFinder
 
 
+class NormSolution(eqx.Module):
+    """A norm and how it was reached: what [`spectrax.spectral_norm`][] returns if it is
+    asked for its result.
+
+    - `value`: the norm.
+    - `residual`: `|A^H u - value v| / value` at the end, 0 for a zero operator.
+    - `result`: a `lineax.RESULTS`: `successful`, `max_steps_reached` if the residual is
+        above the tolerance, or `nonfinite_input`.
+    """
+
+    value: Float[Array, ""]
+    residual: Float[Array, ""]
+    result: lx.RESULTS
+
+
+@overload
 def spectral_norm(
     operator: OperatorLike,
     *,
     key: PRNGKeyArray | None = None,
     rtol: float | None = None,
     max_steps: int = 1024,
-) -> Float[Array, ""]:
+    with_result: Literal[False] = False,
+) -> Float[Array, ""]: ...
+@overload
+def spectral_norm(
+    operator: OperatorLike,
+    *,
+    key: PRNGKeyArray | None = None,
+    rtol: float | None = None,
+    max_steps: int = 1024,
+    with_result: Literal[True],
+) -> NormSolution: ...
+def spectral_norm(
+    operator: OperatorLike,
+    *,
+    key: PRNGKeyArray | None = None,
+    rtol: float | None = None,
+    max_steps: int = 1024,
+    with_result: bool = False,
+) -> Float[Array, ""] | NormSolution:
     """The spectral norm of an operator: its largest singular value
     `max |A x|_2 / |x|_2`, converged.
 
@@ -48,11 +86,14 @@ def spectral_norm(
         suffice the current estimate is returned, a lower bound up to rounding. For the
         convolution at every input size it counts after the search for the best
         frequency, which takes 128 steps of power iteration.
+    - `with_result`: whether to return, with the norm, how far it converged. For the
+        convolution at every input size that is at the frequency that was found; that
+        no other is better, only [`spectrax.enclose_norm`][] can say.
 
     **Returns:**
 
     A real scalar, of dtype float32 or wider. A zero operator has norm 0; one with a NaN
-    or an infinity has norm NaN.
+    or an infinity has norm NaN. With `with_result=True` a [`spectrax.NormSolution`][].
 
     **Cost:** two products with the operator and `O(32 (out + in))` further operations
     per step; 32 steps at least, unless `min(out, in)` is smaller.
@@ -80,7 +121,9 @@ def spectral_norm(
     key = jr.key(0) if key is None else key
     default = float(jnp.finfo(accumulation_dtype(operator)).eps) ** 0.75
     tolerance = default if rtol is None else rtol
-    return _norm(operator, TripletFinder(key, tolerance, max_steps, dense=False))
+    find = TripletFinder(key, tolerance, max_steps, dense=False)
+    value = _norm(operator, find)
+    return _solution(operator, value, find) if with_result else value
 
 
 def exact_norm(operator: Operator) -> Float[Array, ""]:
@@ -92,3 +135,21 @@ def _norm(operator: Operator, find: TripletFinder) -> Float[Array, ""]:
     if isinstance(operator, LatticeConvolution):
         return lattice_norm(operator, find)
     return differentiable_norm(operator, find)
+
+
+def _solution(
+    operator: Operator, value: Float[Array, ""], find: TripletFinder
+) -> NormSolution:
+    if isinstance(operator, LatticeConvolution):
+        residual = lattice_norm_residual(operator, find)
+    else:
+        residual = triplet_residual(operator, find)
+    # What rounding alone leaves is not for further steps to remove.
+    floor = 64 * float(jnp.finfo(residual.dtype).eps)
+    result = lx.RESULTS.where(
+        residual <= max(find.rtol, floor),
+        lx.RESULTS.successful,
+        lx.RESULTS.max_steps_reached,
+    )
+    result = lx.RESULTS.where(jnp.isnan(value), lx.RESULTS.nonfinite_input, result)
+    return NormSolution(value, residual, result)

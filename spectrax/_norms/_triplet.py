@@ -9,7 +9,7 @@ from .._custom_types import LinearOperator
 from .._operators import accumulation_dtype, adjoint_rows, apply_rows
 from ._golub_kahan import leading_triplets
 from ._implicit import solve_on_complement
-from ._rows import stop_gradient
+from ._rows import normalize_rows, stop_gradient
 
 
 _BASIS_SIZE = 32
@@ -124,6 +124,18 @@ def _triplet_jvp(
         du = image(dv) + a
     simple &= sigma > 0
     return triplet, Triplet(rate, jnp.where(simple, du, 0), jnp.where(simple, dv, 0))
+
+
+def triplet_residual(operator: LinearOperator, find: TripletFinder) -> Float[Array, ""]:
+    """`|A^H u - sigma v| / sigma` of what is found, 0 for a zero operator."""
+    operator = stop_gradient(operator)
+    triplet = find(operator)
+    image = adjoint_rows(operator, triplet.u[None])
+    safe = jnp.where(triplet.sigma > 0, triplet.sigma, 1)
+    # Scaled first, so that nothing overflows when it is squared.
+    difference = image / safe.astype(image.dtype) - triplet.v[None]
+    _, length = normalize_rows(difference)
+    return jnp.where(triplet.sigma == 0, 0, length[0])
 
 
 def _changes(

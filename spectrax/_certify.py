@@ -1,0 +1,93 @@
+"""Weights for deployment: scaled until their norm is proven to be within the bound."""
+
+import functools as ft
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+
+from ._constraints import apply_scale
+from ._enclosures import check_provable, enclose_norm
+from ._norms import stop_gradient
+from ._operators import Operator
+from ._site import over_stack, Site, site_norm, site_view
+from ._tree import follow, path_string
+
+
+_MAX_ATTEMPTS = 24
+
+
+def certified_site_weight(
+    module: PyTree, site: Site, state: eqx.nn.State
+) -> Inexact[Array, "..."]:
+    """A site's constrained weight, or the whole stack of them, with proof."""
+    constraint = site.constraint(state)
+    scale = constraint.scale(site_norm(module, site, state))
+    bound = jnp.broadcast_to(constraint.target(), scale.shape)
+    weight = follow(module, site.path)
+    build, depth = site_view(module, site)
+    one = weight[(0,) * depth]
+    try:
+        check_provable(eqx.filter_eval_shape(build, one))
+    except ValueError as error:
+        raise ValueError(
+            f"`{path_string(site.path)}` cannot be certified: {error}"
+        ) from error
+    return _certified(build, depth, weight, scale, bound)
+
+
+@eqx.filter_jit
+def _certified(
+    build: Callable[[Array], Operator],
+    depth: int,
+    weight: Inexact[Array, "..."],
+    scale: Float[Array, "*stack"],
+    bound: Float[Array, "*stack"],
+) -> Inexact[Array, "..."]:
+    one = ft.partial(certified_weight, operator=build)
+    return over_stack(one, depth)(weight, scale, bound)
+
+
+def certified_weight(
+    weight: Inexact[Array, "..."],
+    scale: Float[Array, ""],
+    bound: Float[Array, ""],
+    operator: Callable[[Array], Operator],
+) -> Inexact[Array, "..."]:
+    """`weight` times `scale`, or a little less: such that its norm as it is stored, in
+    its own dtype after the last rounding, is proven to be at most `bound`.
+
+    Each attempt scales down by what was missing and a little more, twice as much every
+    time. One or two suffice, unless rounding to a narrow dtype works against it.
+    """
+    weight, scale, bound = stop_gradient((weight, scale, bound))
+
+    def unfinished(
+        carry: tuple[Array, Array, Bool[Array, ""], Int[Array, ""]],
+    ) -> Bool[Array, ""]:
+        _, _, proven, count = carry
+        return ~proven & (count < _MAX_ATTEMPTS)
+
+    def attempt(
+        carry: tuple[Array, Array, Bool[Array, ""], Int[Array, ""]],
+    ) -> tuple[Array, Array, Bool[Array, ""], Int[Array, ""]]:
+        _, scale, _, count = carry
+        candidate = apply_scale(weight, scale)
+        upper = enclose_norm(operator(candidate)).upper
+        limit = bound.astype(upper.dtype)
+        missing = jnp.minimum(1, limit / jnp.where(upper > 0, upper, 1))
+        eps = float(jnp.finfo(scale.dtype).eps)
+        less = 1 - 32 * eps * 2.0 ** count.astype(scale.dtype)
+        smaller = scale * missing.astype(scale.dtype) * less
+        return candidate, smaller, upper <= limit, count + 1
+
+    start = weight, scale, jnp.zeros((), bool), jnp.asarray(0)
+    candidate, _, proven, _ = lax.while_loop(unfinished, attempt, start)
+    return eqx.error_if(
+        candidate,
+        ~proven,
+        "expected weights whose norm can be proven to be within the bound, got one for "
+        "which no proof was found: it has a NaN or an infinity, or its bound is zero.",
+    )
