@@ -15,7 +15,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Sequence
-from decimal import Context, ROUND_CEILING, ROUND_FLOOR
+from decimal import Context, Decimal, ROUND_CEILING, ROUND_FLOOR
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
     @property
     def width(self) -> float:
-        return (self.upper - self.lower) / self.upper if self.upper > 0 else 0.0
+        return 0.0 if self.upper == 0 else (self.upper - self.lower) / self.upper
 
 
 # --- Reading -----------------------------------------------------------------------
@@ -395,8 +395,6 @@ def lipschitz_bound(chain: dict[str, Any], rows: Sequence[Row]) -> float:
                 f"expected {name} to take the {size} numbers that the layer before it "
                 f"gives, but it takes {row.in_size}."
             )
-        if not math.isfinite(row.upper):
-            return row.upper
         product, size = product * Fraction(row.upper), row.out_size
     nearest = float(product)
     above = math.nextafter(nearest, math.inf)
@@ -406,10 +404,22 @@ def lipschitz_bound(chain: dict[str, Any], rows: Sequence[Row]) -> float:
 # --- What is shown -----------------------------------------------------------------
 
 
-def rounded(value: float, *, up: bool, precision: int = 6) -> str:
-    """Rounded outwards, so that what is printed is a bound as well."""
+def outwards(value: float, *, up: bool, precision: int) -> Decimal:
+    """Rounded such that what is printed is a bound as well."""
     rounding = ROUND_CEILING if up else ROUND_FLOOR
-    return f"{Context(prec=precision, rounding=rounding).create_decimal_from_float(value):g}"
+    return Context(prec=precision, rounding=rounding).create_decimal_from_float(value)
+
+
+def lower_text(value: float) -> str:
+    return f"{outwards(value, up=False, precision=6):g}"
+
+
+def upper_text(value: float) -> str:
+    return f"{outwards(value, up=True, precision=6):g}"
+
+
+def width_text(value: float) -> str:
+    return f"{float(outwards(value, up=True, precision=2)):.1e}"
 
 
 def size_text(row: Row) -> str:
@@ -441,9 +451,9 @@ def table(rows: Sequence[Row]) -> str:
             row.kind,
             "x".join(map(str, row.shape)),
             size_text(row),
-            rounded(row.lower, up=False),
-            rounded(row.upper, up=True),
-            rounded(row.width, up=True, precision=2),
+            lower_text(row.lower),
+            upper_text(row.upper),
+            width_text(row.width),
             reshaped,
             ratio,
         )
@@ -469,7 +479,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ("at every input size", "tab:orange", lambda row: row.in_size is None),
     )
     for offset, (label, color, chosen) in zip((-0.12, 0.12), styles, strict=True):
-        shown = [row for row in rows if chosen(row) and math.isfinite(row.upper)]
+        shown = [row for row in rows if chosen(row)]
         if not shown:
             continue
         y = [names.index(row.name) + offset for row in shown]
@@ -504,8 +514,8 @@ def verify(rows: Sequence[Row]) -> None:
     ]
     if broken:
         sys.exit("These are not enclosures.\n" + "\n".join(broken))
-    widest = rounded(max(row.width for row in rows), up=True, precision=2)
-    print(f"\n{len(rows)} norms enclosed, all within {widest} of their upper ends")
+    widest = width_text(max(row.width for row in rows))
+    print(f"{len(rows)} norms enclosed, all within {widest} of the upper end")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -551,29 +561,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(rows))
     if left_out:
         print(f"\nNo norms of: {', '.join(sorted(left_out))}")
-
+    print()
+    verify(rows)
     short = {
         row.name
         for row in rows
         if row.reshaped is not None and row.reshaped < row.lower
     }
     convolutions = sum(weight.layer is not None for weight in weights)
-    print(
-        f"\nThe reshaped norm is below the true one for {len(short)} of "
-        f"{convolutions} convolutions."
-    )
+    if convolutions > 0:
+        print(
+            f"The reshaped norm is below the true one for {len(short)} of "
+            f"{convolutions} convolutions."
+        )
     chain = None if checkpoint.config is None else checkpoint.config.get("chain")
     if chain is not None and not args.smoke:
         bound = lipschitz_bound(chain, rows)
         print(
-            f"Lipschitz bound of the network: {rounded(bound, up=True)}, the product of "
-            f"{len(chain['weights'])} upper ends.\nBetween the weights are only biases, "
-            f"{chain['activation']} and reshapes, none of which moves points apart."
+            f"Lipschitz bound of the network: {upper_text(bound)}, the product of the "
+            f"upper ends at the\ninput sizes. Between the weights are only biases, "
+            f"{chain['activation']} and reshapes, none of\nwhich moves two points "
+            "further apart."
         )
     path = args.out / "certify_checkpoint.png"
     draw(rows, path)
-    print(f"\nThe enclosures are drawn in {path}")
-    verify(rows)
+    print(f"The enclosures are drawn in {path}")
 
 
 if __name__ == "__main__":

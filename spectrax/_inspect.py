@@ -130,8 +130,8 @@ def summary(
     stored, by [`spectrax.enclose_norm`][]; printed, they are rounded outward. With
     `true_norm=True` that norm is computed as well: exactly for matrices, by a singular
     value decomposition in float64; for a convolution at every input size by one at the
-    best frequency that a search finds; for an operator too large to be written out (2^24 entries) converged with
-    [`spectrax.spectral_norm`][].
+    best frequency that a search finds; for an operator too large to be written out
+    (2^24 entries) converged with [`spectrax.spectral_norm`][].
 
     **Arguments:**
 

@@ -17,7 +17,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "ordinary", deadline=None, max_examples=25, print_blob=True
 )
-hypothesis.settings.load_profile("ordinary")
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("ordinary"), max_examples=2500
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="draw a hundred times as many examples in each test with hypothesis",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    thorough = config.getoption("--thorough")
+    hypothesis.settings.load_profile("thorough" if thorough else "ordinary")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
+import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import jax.random as jr
@@ -21,6 +22,17 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         config.jaxtyping_disable = before
+
+
+def examples(count: int) -> hypothesis.settings:
+    """So many examples, or a hundred times as many with `--thorough`."""
+    factor = hypothesis.settings().max_examples / 25
+    return hypothesis.settings(max_examples=round(count * factor))
+
+
+def is_thorough() -> bool:
+    """Whether the tests were started with `--thorough`."""
+    return hypothesis.settings().max_examples > 25
 
 
 def true_norm(matrix: Any) -> float:

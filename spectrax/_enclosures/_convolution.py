@@ -20,6 +20,8 @@ from ._symbols import correlate, Grid, squared_symbols, SquaredSymbols
 _STEPS = 6
 # Entries of the matrices that are worked on at once, such that they stay in the cache.
 _CHUNK_ENTRIES = 2**18
+# Grids of no more points are tried with every shift.
+_FEW_POINTS = 2**8
 # Frequencies that a grid for all input sizes may have.
 MOST_POINTS = 2**13
 
@@ -36,7 +38,7 @@ def enclose_lattice(operator: LatticeConvolution, *, rtol: float) -> Ends:
     taps = operator.kernel.shape[3:]
     counts = _fine_enough(taps, rtol / 2)
     grid = Grid(counts, (False,) * len(taps), (1,) * len(taps))
-    found = _on_grid(operator.kernel, grid)
+    found = _on_grids(operator.kernel, [grid])
     between = math.prod(
         1 / math.cos(math.pi * (k - 1) / (2 * n))
         for k, n in zip(taps, counts, strict=True)
@@ -51,23 +53,29 @@ def enclose_correlation(
 ) -> Float[Array, ""]:
     """An upper bound at one input size; `folded` is the same map on the lattice."""
     grid, factor = grid_of(axes)
-    return _on_grid(folded.kernel, grid).times(factor * (1 + 1e-12)).upper
+    # Every shift is valid where one is; for small inputs they differ most.
+    few = math.prod(grid.count) <= _FEW_POINTS
+    grids = grid.all_shifts() if few else [grid.even()]
+    return _on_grids(folded.kernel, grids).times(factor * (1 + 1e-12)).upper
 
 
-def _on_grid(kernel: Inexact[Array, "groups out in *taps"], grid: Grid) -> Ends:
-    """The largest `sigma(F(w))` over a grid, and over the groups."""
-    ends = lax.map(lambda group: _group_on_grid(group, grid), kernel)
-    return largest(ends)
+def _on_grids(kernel: Inexact[Array, "groups out in *taps"], grids: list[Grid]) -> Ends:
+    """The largest `sigma(F(w))` over a grid, and over the groups. Of several grids of
+    one size the upper end is that of the best.
+    """
+    return largest(lax.map(lambda group: _group_on_grids(group, grids), kernel))
 
 
-def _group_on_grid(kernel: Inexact[Array, "out in *taps"], grid: Grid) -> Ends:
+def _group_on_grids(kernel: Inexact[Array, "out in *taps"], grids: list[Grid]) -> Ends:
     finite = jnp.all(jnp.isfinite(kernel))
     kernel = jnp.where(finite, kernel, 0)
     correlations = correlate(kernel)
-    points = grid.halves(symmetric=not jnp.iscomplexobj(kernel))
-    symbols = squared_symbols(correlations, grid, points)
-    lower, upper = _largest_eigenvalue(symbols, _STEPS)
-    ends = Ends(jnp.sqrt(lower), up(jnp.sqrt(upper)))
+    symmetric = not jnp.iscomplexobj(kernel)
+    symbols = squared_symbols(correlations, grids, symmetric=symmetric)
+    lowers, uppers = lax.map(
+        lambda weights: _largest_eigenvalue(symbols, weights), symbols.weights
+    )
+    ends = Ends(jnp.sqrt(jnp.max(lowers)), up(jnp.sqrt(jnp.min(uppers))))
     # Taps that were flushed to zero before they could be scaled.
     count = math.prod(kernel.shape[2:])
     tiny = flushed_below(kernel.dtype) * count
@@ -83,16 +91,16 @@ def _group_on_grid(kernel: Inexact[Array, "out in *taps"], grid: Grid) -> Ends:
 
 
 def _largest_eigenvalue(
-    symbols: SquaredSymbols, steps: int
+    symbols: SquaredSymbols, weights: Float[Array, "points terms"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Bounds on the largest eigenvalue over all points, a few of them at a time."""
-    points, size = symbols.weights.shape[0], symbols.matrices.shape[-1]
+    """Bounds on the largest eigenvalue over a grid, a few of its points at a time."""
+    points, size = weights.shape[0], symbols.matrices.shape[-1]
     chunk = min(points, max(1, _CHUNK_ENTRIES // size**2))
     fill = -points % chunk
-    weights = jnp.concatenate([symbols.weights, symbols.weights[:fill]])
+    weights = jnp.concatenate([weights, weights[:fill]])
 
     def best_of(weights: Array) -> tuple[Array, Array, Array]:
-        bounds, powers = gram_iteration(symbols.at(weights), steps)
+        bounds, powers = gram_iteration(symbols.at(weights), _STEPS)
         best = jnp.argmax(bounds)
         return bounds[best], weights[best], _longest_column(powers[best])
 

@@ -76,7 +76,8 @@ def _(operator: lx.TaggedLinearOperator) -> DenseForm | None:
 
 @dense_form.register
 def _(operator: lx.NegLinearOperator) -> DenseForm | None:
-    return dense_form(operator.operator)
+    form = dense_form(operator.operator)
+    return None if form is None else DenseForm(-form.matrix, form.error)
 
 
 @dense_form.register
@@ -101,8 +102,9 @@ def _(operator: lx.ComposedLinearOperator) -> DenseForm | None:
     spread = a.error * _length(b.matrix) + _length(a.matrix) * b.error
     spread = up(spread + a.error * b.error)
     value = value * a_scale * b_scale
-    # Products below the smallest normal number are lost.
-    lost = 2 * math.sqrt(value.size) * float(jnp.finfo(value.dtype).tiny)
+    # What is below the smallest normal number is lost, also before the last scale.
+    lost = 4 * math.sqrt(value.size) * float(jnp.finfo(value.dtype).tiny)
+    lost = lost * jnp.maximum(b_scale, 1)
     return DenseForm(value, up(error * a_scale * b_scale + spread) + lost)
 
 

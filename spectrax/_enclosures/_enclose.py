@@ -25,7 +25,7 @@ from .._operators import (
     unpack_rows,
 )
 from ._convolution import enclose_correlation, enclose_lattice, MOST_POINTS
-from ._correlation import stretch
+from ._correlation import correlation, stretch
 from ._dense import enclose_matrix
 from ._dense_form import dense_form
 from ._ends import Ends, intersection, largest
@@ -51,8 +51,8 @@ _TRANSPARENT = (
     | lx.DivLinearOperator
 )
 _BASIS_SIZE = 32
-# Convolutions of no more entries are written out as well. Other paddings than zeros
-# have looser bounds otherwise.
+# Convolutions of no more entries are written out as well. Other paddings than zeros,
+# and strides, have looser bounds otherwise.
 _MOST_ENTRIES_WITH_ZEROS = 2**16
 _MOST_ENTRIES_OTHERWISE = 2**20
 
@@ -134,20 +134,30 @@ def _(operator: lx.TaggedLinearOperator | lx.NegLinearOperator, effort: Effort) 
 
 @enclose.register
 def _(operator: lx.MulLinearOperator, effort: Effort) -> Ends:
-    ends = enclose(operator.operator, effort)
-    scalar = jnp.asarray(operator.scalar)
-    size = jnp.abs(scalar).astype(working_dtype())
-    # A subnormal one may be taken for zero.
-    tiny = jnp.where(any_nonzero(scalar), flushed_below(scalar.dtype), 0)
-    larger = jnp.maximum(up(size, 4), 2 * tiny.astype(size.dtype))
-    return Ends(ends.times(down(size, 4)).lower, ends.times(larger).upper)
+    ends, size = enclose(operator.operator, effort), _scalar(operator.scalar)
+    return Ends(ends.times(size.lower).lower, ends.times(size.upper).upper)
 
 
 @enclose.register
 def _(operator: lx.DivLinearOperator, effort: Effort) -> Ends:
-    ends = enclose(operator.operator, effort)
-    size = jnp.abs(jnp.asarray(operator.scalar)).astype(working_dtype())
-    return Ends(down(ends.lower / up(size, 4)), up(ends.upper / down(size, 4)))
+    ends, size = enclose(operator.operator, effort), _scalar(operator.scalar)
+    finfo = jnp.finfo(size.upper.dtype)
+    # Dividing by zero is not finite.
+    positive = jnp.where(size.upper == 0, jnp.nan, size.upper)
+    lower = down(ends.lower / positive)
+    lower = jnp.where(lower < 2 * finfo.tiny, 0, jnp.minimum(lower, finfo.max))
+    upper = jnp.maximum(up(ends.upper / size.lower), finfo.tiny)
+    upper = jnp.where((ends.upper == 0) & (size.upper > 0), 0, upper)
+    return Ends(lower, jnp.where(jnp.isnan(positive), jnp.nan, upper))
+
+
+def _scalar(scalar: Any) -> Ends:
+    """Its absolute value."""
+    value = jnp.asarray(scalar)
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        size = jnp.abs(value.astype(working_dtype()))
+        return Ends(down(size), up(size))
+    return _largest_entry([value])
 
 
 @enclose.register
@@ -190,7 +200,10 @@ def _largest_entry(leaves: list[Array]) -> Ends:
     tiny = 2 * max(flushed_below(leaf.dtype) for leaf in leaves)
     nonzero = jnp.any(jnp.stack([any_nonzero(leaf) for leaf in leaves]))
     upper = jnp.where(nonzero, jnp.maximum(ends.upper, tiny), 0)
-    return Ends(jnp.where(size > tiny, ends.lower, 0), upper)
+    lower = jnp.minimum(ends.lower, jnp.finfo(size.dtype).max)
+    lower = jnp.where(size > tiny, lower, 0)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+    return Ends(jnp.where(finite, lower, jnp.nan), jnp.where(finite, upper, jnp.nan))
 
 
 def _enclose_matrix(
@@ -223,7 +236,6 @@ def _enclose_convolution(
     """At one input size."""
     in_size = operator.in_structure().shape[1:]
     axes = correlation_axes(layer, in_size, operator.out_structure().shape[1:])
-    transposed = isinstance(layer, eqx.nn.ConvTranspose)
     folded = _folded(layer)
     grid, factor = grid_of(axes)
     if math.prod(grid.count) <= 2 * MOST_POINTS:
@@ -231,11 +243,12 @@ def _enclose_convolution(
     else:
         # So large an input comes close to the supremum over all of them.
         upper = enclose_lattice(folded, rtol=effort.rtol).times(factor).upper
-    u, v = _leading_vectors(operator, effort)
-    vector = u if transposed else v
-    ends = Ends(stretch(correlation_kernel(layer), axes, vector), upper)
-    zeros = all(axis.mode == "zeros" for axis in axes)
-    most = _MOST_ENTRIES_WITH_ZEROS if zeros else _MOST_ENTRIES_OTHERWISE
+    kernel = correlation_kernel(layer)
+    map_ = correlation(kernel, axes)
+    rows = unpack_rows(_leading(map_, effort).v, map_.in_structure())
+    ends = Ends(stretch(kernel, axes, rows[0]), upper)
+    tight = all(axis.mode == "zeros" and axis.stride == 1 for axis in axes)
+    most = _MOST_ENTRIES_WITH_ZEROS if tight else _MOST_ENTRIES_OTHERWISE
     if operator.in_size() * operator.out_size() > most:
         return ends
     return _with_dense_form(operator, ends, effort)
@@ -249,14 +262,6 @@ def _folded(layer: eqx.nn.Conv | eqx.nn.ConvTranspose) -> LatticeConvolution:
         operator = convolution_operator(layer, layer.weight, None)
     assert isinstance(operator, LatticeConvolution)
     return LatticeConvolution(operator.kernel, gain=1.0)
-
-
-def _leading_vectors(operator: LinearOperator, effort: Effort) -> tuple[Array, Array]:
-    """Approximate singular vectors, in the operator's own shapes."""
-    found = _leading(operator, effort)
-    u = unpack_rows(found.u, operator.out_structure(), found.u.dtype)
-    v = unpack_rows(found.v, operator.in_structure(), found.v.dtype)
-    return jtu.tree_map(lambda x: x[0], (u, v))
 
 
 def _leading(operator: LinearOperator, effort: Effort) -> Triplets:

@@ -20,9 +20,14 @@ class Ends(eqx.Module):
         factor = jnp.asarray(factor, self.upper.dtype)
         # Zero times infinity is zero here, and no product vanishes by underflow.
         vanishes = (factor == 0) | (self.upper == 0)
+        vanishes = vanishes & ~jnp.isnan(factor) & ~jnp.isnan(self.upper)
         tiny = jnp.finfo(factor.dtype).tiny
         upper = jnp.maximum(up(self.upper * factor, 4), tiny)
-        lower = jnp.where(vanishes, 0, down(self.lower * factor, 4))
+        lower = down(self.lower * factor, 4)
+        # Below the smallest normal number relative errors are large.
+        lower = jnp.where(lower < 2 * tiny, 0, lower)
+        lower = jnp.minimum(lower, jnp.finfo(factor.dtype).max)
+        lower = jnp.where(vanishes, 0, lower)
         return Ends(lower, jnp.where(vanishes, 0, upper))
 
 

@@ -73,10 +73,7 @@ class Axis:
             axis, factor = self.extended()
             return (*axis.circle()[:2], factor)
         reach = max(self.size + self.low, self.size + self.high)
-        count = max(-(-reach // self.stride), self.outputs)
-        # An even number has both 0 and pi halfway between two shifted points. Kernels
-        # often have their maximum there, and the map, being finite, cannot reach it.
-        return count + count % 2, True, 1.0
+        return max(-(-reach // self.stride), self.outputs), True, 1.0
 
 
 def correlation_axes(

@@ -33,6 +33,21 @@ class Grid(eqx.Module):
     shifted: tuple[bool, ...] = eqx.field(static=True)
     step: tuple[int, ...] = eqx.field(static=True)
 
+    def even(self) -> "Grid":
+        """With an even number of points where they are shifted: 0 and pi then are both
+        halfway between two of them. Kernels often have their maximum at one of these,
+        and the map, being finite, cannot reach it.
+        """
+        counts = zip(self.count, self.shifted, strict=True)
+        count = tuple(n + n % 2 if shifted else n for n, shifted in counts)
+        return Grid(count, self.shifted, self.step)
+
+    def all_shifts(self) -> "list[Grid]":
+        """Of all axes that may be shifted: both ways."""
+        choices = [[False, True] if shifted else [False] for shifted in self.shifted]
+        shifts = it.product(*choices)
+        return [Grid(self.count, shifted, self.step) for shifted in shifts]
+
     def halves(self, *, symmetric: bool) -> np.ndarray:
         """The frequencies in units of `pi / count`, `[points, dim]`; if `symmetric`,
         one of each pair of opposite ones.
@@ -111,11 +126,11 @@ def correlate(kernel: Inexact[Array, "out in *taps"]) -> Correlations:
 class SquaredSymbols(eqx.Module):
     """`F^H F` on many frequencies, as the products of a table with a few matrices.
 
-    Each row of `weights` belongs to a frequency. `error` bounds the Frobenius norm of
-    what each product is off by.
+    Each row of `weights` belongs to a frequency of one of the grids. `error` bounds the
+    Frobenius norm of what each product is off by.
     """
 
-    weights: Float[Array, "points terms"]
+    weights: Float[Array, "grids points terms"]
     matrices: Float[Array, "terms n n"]
     error: Float[Array, ""]
 
@@ -126,29 +141,39 @@ class SquaredSymbols(eqx.Module):
 
 
 def squared_symbols(
-    correlations: Correlations, grid: Grid, points: np.ndarray
+    correlations: Correlations, grids: list[Grid], *, symmetric: bool
 ) -> SquaredSymbols:
-    """`F^H F` at the given points of a grid."""
-    offsets = np.array(correlations.offsets)
-    phases = grid.phases(points, offsets)
-    # `C z + (C z)^H`, but `C_0` only once.
-    once = np.where(np.any(offsets != 0, axis=1), 1.0, 0.5)
-    cosines, sines = np.real(phases) * once, np.imag(phases) * once
-    plus, minus = cosines + sines, cosines - sines
-    # Real plus imaginary part of `C z + (C z)^H`, for `C = P + iQ`.
-    weights, terms = [plus, minus], [correlations.real, _swapped(correlations.real)]
+    """`F^H F` at the points of grids of one size; if `symmetric`, at half of them."""
+    matrices = [correlations.real, _swapped(correlations.real)]
     if correlations.imag is not None:
-        weights += [minus, -plus]
-        terms += [correlations.imag, _swapped(correlations.imag)]
-    matrices = jnp.concatenate(terms)
+        matrices += [correlations.imag, _swapped(correlations.imag)]
+    matrices = jnp.concatenate(matrices)
+    tables = [_weights(correlations, grid, symmetric=symmetric) for grid in grids]
+    # A shifted grid may have fewer points without an opposite: its first are repeated.
+    most = max(map(len, tables))
+    tables = [np.concatenate([t, t[: most - len(t)]]) for t in tables]
     dtype = matrices.dtype
     sizes = jnp.stack([frobenius(matrix) for matrix in matrices])
     # No weight exceeds 1.5, and the table is off by less than 40 units of roundoff.
     rounding = 1.5 * gamma(len(matrices) + 44, dtype) * jnp.sum(sizes)
     error = up(2 * correlations.error + rounding)
-    return SquaredSymbols(
-        jnp.asarray(np.concatenate(weights, axis=1), dtype), matrices, error
-    )
+    return SquaredSymbols(jnp.asarray(np.stack(tables), dtype), matrices, error)
+
+
+def _weights(correlations: Correlations, grid: Grid, *, symmetric: bool) -> np.ndarray:
+    """Of `P`, its transpose, `Q` and its transpose, `[points, terms]`: the real plus
+    the imaginary part of `C z + (C z)^H`, for `C = P + iQ`, is that sum.
+    """
+    offsets = np.array(correlations.offsets)
+    phases = grid.phases(grid.halves(symmetric=symmetric), offsets)
+    # `C_0` only once.
+    once = np.where(np.any(offsets != 0, axis=1), 1.0, 0.5)
+    cosines, sines = np.real(phases) * once, np.imag(phases) * once
+    plus, minus = cosines + sines, cosines - sines
+    weights = [plus, minus]
+    if correlations.imag is not None:
+        weights += [minus, -plus]
+    return np.concatenate(weights, axis=1)
 
 
 def _half(taps: Sequence[int]) -> tuple[tuple[int, ...], ...]:
