@@ -285,16 +285,18 @@ def trained_kernels(steps: int = 240, seed: int = 0) -> _Trained:
 
 
 def time_together(
-    functions: dict[str, Callable[[], Any]], rounds: int
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    lapack_threads: int | None = 1,
 ) -> dict[str, float]:
     """Median milliseconds; every round starts with another function.
 
-    LAPACK, and so every `eigvalsh` on the CPU, is held to one thread: on a busy machine
-    its threads wait for each other, which made `singla_feizi` 150 times slower.
+    LAPACK, and so every `eigvalsh` on the CPU, is held to one thread by default: on a
+    busy machine its threads wait for each other, which made `singla_feizi` 150 times slower.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
-    with threadpool_limits(1):
+    with threadpool_limits(lapack_threads):
         for function in functions.values():
             jax.block_until_ready(function())
         for i in range(rounds):

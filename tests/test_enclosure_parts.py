@@ -459,26 +459,29 @@ def test_squared_symbols(shape, imaginary, x64, request):
         kernel = kernel + 1e5j * rng.normal(size=shape)
     precision = np.complex64 if imaginary else np.float32
     kernel = kernel.astype(precision)
-    counts, shifted = (5, 4), (True, False)
     dim = len(shape) - 2
-    grid = Grid(counts[:dim], shifted[:dim], (2, 1)[:dim])
-    points = grid.halves(symmetric=not imaginary)
-    frequencies = points * np.array(grid.step) * PI / np.array(grid.count)
-    truth = true_symbols(kernel, frequencies)
+    grids = Grid((5, 4)[:dim], (True, True)[:dim], (2, 1)[:dim]).all_shifts()
+    assert len(grids) == 2**dim
 
     def square(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         correlations = correlate(kernel)
-        symbols = squared_symbols(correlations, grid, points)
-        return symbols.at(symbols.weights), symbols.error, correlations.scale
+        symbols = squared_symbols(correlations, grids, symmetric=not imaginary)
+        found = jax.vmap(symbols.at)(symbols.weights)
+        return found, symbols.error, correlations.scale
 
     found, error, scale = map(np.asarray, jax.jit(square)(jnp.asarray(kernel)))
-    found = found.astype(np.longdouble)
     scale = scale.astype(np.longdouble) ** 2
-    for matrix, exact in zip(found, truth, strict=True):
-        difference = matrix - (exact.real + exact.imag) / scale
-        assert np.sqrt(np.sum(difference**2)) <= error
-    size = np.sqrt(np.sum(np.abs(truth / scale) ** 2, axis=(1, 2))).max()
-    assert error <= size * (1e-12 if x64 else 1e-3)
+    for grid, matrices in zip(grids, found, strict=True):
+        points = grid.halves(symmetric=not imaginary)
+        frequencies = points * np.array(grid.step) * PI / np.array(grid.count)
+        truth = true_symbols(kernel, frequencies) / scale
+        encodings = truth.real + truth.imag
+        # All points are there, in order, and the first ones again.
+        repeated = np.resize(np.arange(len(points)), len(matrices))
+        differences = matrices.astype(np.longdouble) - encodings[repeated]
+        assert np.sqrt(np.sum(differences**2, axis=(1, 2))).max() <= error
+        size = np.sqrt(np.sum(encodings**2, axis=(1, 2))).max()
+        assert error <= size * (1e-12 if x64 else 1e-3)
 
 
 @pytest.mark.parametrize("shifted", [True, False])
