@@ -292,7 +292,7 @@ def time_together(
     """Median milliseconds; every round starts with another function.
 
     LAPACK, and so every `eigvalsh` on the CPU, is held to one thread by default: on a
-    busy machine its threads wait for each other, which made `singla_feizi` 150 times slower.
+    busy machine its threads wait for each other: `singla_feizi` was 150 times slower.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -36,10 +36,10 @@ class SummaryRow:
     - `norm`: the norm of the constrained weight by the same estimate.
     - `bound`: the norm that is allowed.
     - `residual`: `|A^H u - sigma v| / sigma`: how far the estimate is from converged.
-    - `lower`, `upper`: what the norm of the constrained weight, as it is stored, is
-        proven to lie between: [`spectrax.enclose_norm`][]. `None` if not asked for.
     - `true_norm`: the norm of the constrained weight, computed independently of the
         state; `None` if it was not asked for.
+    - `lower`, `upper`: what the norm of the constrained weight, as it is stored, is
+        proven to lie between: [`spectrax.enclose_norm`][]. `None` if not asked for.
     """
 
     path: str
@@ -49,9 +49,9 @@ class SummaryRow:
     norm: float
     bound: float
     residual: float
-    lower: float | None
-    upper: float | None
     true_norm: float | None
+    lower: float | None = None
+    upper: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

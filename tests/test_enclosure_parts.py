@@ -268,6 +268,31 @@ def test_product_in_single_precision(rows, kind, seed):
         assert float(square_error) <= unit * np.linalg.norm(a) ** 2 / 20
 
 
+@pytest.mark.parametrize("rows", [300, 3000])
+def test_error_of_products_that_cancel(rows):
+    """What the error is relative to is then the factors alone."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(2 * rows)
+    a = draw_factor("gaussian", (7, rows), 0).astype(np.float32)
+    b = draw_factor("gaussian", (rows, 9), 1).astype(np.float32)
+    a = np.concatenate([a, -a], axis=1)[:, order]
+    b = np.concatenate([b, b])[order]
+    value, error = jax.jit(product)(jnp.asarray(a), jnp.asarray(b))
+    assert 0 < np.linalg.norm(np.asarray(value, float)) <= float(error)
+
+
+def test_error_of_the_sum_of_chunks():
+    """Factors of few bits, which have no low parts."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(100, 128, (2, 4, 4096)) / 128
+    a = a * np.repeat([1, 1, -1, -1], 1024)
+    single = jnp.asarray(a, jnp.float32), jnp.asarray(b.T, jnp.float32)
+    assert not np.any(split(single[0], 1)[1])
+    value, error = jax.jit(product)(*single)
+    truth = a @ b.T
+    assert 0 < np.linalg.norm(np.asarray(value, float) - truth) <= float(error)
+
+
 # The proof by a Cholesky factor.
 
 

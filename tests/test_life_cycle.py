@@ -108,7 +108,7 @@ def test_weight_decay_leaves_fixed_bounds_alone(net, data, constraint):
     optimizer = optax.adamw(1e-2, weight_decay=1.0)
     trained, state = train(model, state, data, optimizer, fit, num_steps=20)
     assert linear_norms(trained) != pytest.approx([2, 2], rel=0.01)
-    for row in spectrax.summary(trained, state):
+    for row in spectrax.summary(trained, state, enclosure=False):
         assert row.bound == 0.7
     state = spectrax.advance(trained, state)
     norms = linear_norms(spectrax.unwrap(trained, state))
@@ -120,7 +120,7 @@ def test_a_learnable_bound_is_trained(net, data):
     model, state = wrap(net, constraint=spectrax.LearnableBound(1.0))
     trained, state = train(model, state, (x, 20 * y), optax.adam(1e-1), fit)
     state = spectrax.advance(trained, state)
-    table = spectrax.summary(trained, state)
+    table = spectrax.summary(trained, state, enclosure=False)
     # Targets so large ask for weights as large.
     assert all(row.bound > 1.5 for row in table)
     norms = linear_norms(spectrax.unwrap(trained, state))
@@ -257,7 +257,7 @@ def test_averages_of_a_model_and_its_state(run):
         assert min(norms) >= 1 - 1e-5
     # Averaged vectors are shorter than one, which must not be seen in the norm.
     shorter = jtu.tree_map(lambda x: 0.5 * x, state)
-    bounds = [row.bound for row in spectrax.summary(model, shorter)]
+    bounds = [row.bound for row in spectrax.summary(model, shorter, enclosure=False)]
     norms = linear_norms(spectrax.unwrap(model, shorter))
     assert bounds == [0.5] * 3
     assert norms == pytest.approx([0.5] * 3, rel=5e-2)

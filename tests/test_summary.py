@@ -20,7 +20,7 @@ wrap = eqx.nn.make_with_state(spectrax.wrap)
 def test_rows(getkey):
     net = with_norms(Net(getkey()), 2.0, 0.2)
     model, state = wrap(net, constraint=spectrax.Clip(0.5))
-    table = spectrax.summary(model, state)
+    table = spectrax.summary(model, state, enclosure=False)
     assert len(table) == 2
     for row, (path, shape, sigma, norm) in zip(
         table,
@@ -44,7 +44,7 @@ def test_an_estimate_that_lags_is_shown_to_lag(getkey):
         estimator=spectrax.PowerIteration(block_size=1),
     )
     model = perturbed(model, getkey())
-    table = spectrax.summary(model, state, true_norm=True)
+    table = spectrax.summary(model, state, true_norm=True, enclosure=False)
     plain = spectrax.unwrap(model, state)
     (u,), (v,) = (np.asarray(vectors) for vectors in _vectors(model, state))
     raw = np.asarray(model.module.first.weight)
@@ -60,7 +60,7 @@ def test_an_estimate_that_lags_is_shown_to_lag(getkey):
         assert row.true_norm > 2.001
 
     state = spectrax.advance(model, state, num_steps=300)
-    for row in spectrax.summary(model, state, true_norm=True):
+    for row in spectrax.summary(model, state, true_norm=True, enclosure=False):
         assert row.residual < 1e-4
         assert row.true_norm == pytest.approx(2, rel=1e-6)
 
@@ -87,8 +87,12 @@ def test_the_printed_table(getkey):
     net = {"net": Net(getkey()), "table": jnp.ones((3, 5))}
     model, state = wrap(net, where=lambda net: net["net"].second)
     for with_truth in (False, True):
-        text = str(spectrax.summary(model, state, true_norm=with_truth))
-        assert text == repr(spectrax.summary(model, state, true_norm=with_truth))
+        text = str(
+            spectrax.summary(model, state, true_norm=with_truth, enclosure=False)
+        )
+        assert text == repr(
+            spectrax.summary(model, state, true_norm=with_truth, enclosure=False)
+        )
         header, rule, line, rest = text.split("\n")
         columns = ["path", "layer", "shape", "sigma", "norm", "bound", "residual"]
         assert header.split("  ")[-1].strip() == ["residual", "true norm"][with_truth]
@@ -108,7 +112,9 @@ def test_the_printed_table(getkey):
 def test_columns_are_aligned(getkey):
     net = with_norms(Net(getkey()), 1234.5, 0.25)
     model, state = wrap({"long name": net, "b": net.second})
-    lines = str(spectrax.summary(model, state, true_norm=True)).split("\n")
+    lines = str(spectrax.summary(model, state, true_norm=True, enclosure=False)).split(
+        "\n"
+    )
     assert len(lines) == 2 + 3
     del lines[1]
     # Text starts, and numbers end, where the name of their column does.
@@ -129,7 +135,7 @@ def test_stacks(getkey):
         {"layers": layer(jr.split(getkey(), 3))},
         constraint=spectrax.Normalize(jnp.array([0.5, 1.0, 2.0])),
     )
-    table = spectrax.summary(model, state, true_norm=True)
+    table = spectrax.summary(model, state, true_norm=True, enclosure=False)
     paths = [f"['layers'].weight[{i}]" for i in range(3)]
     assert [row.path for row in table] == paths
     assert [line.split()[0] for line in str(table).split("\n")[2:5]] == paths
@@ -148,7 +154,7 @@ def test_stacks_of_stacks(getkey):
         where=lambda array: array,
         estimator=spectrax.ExactSVD(),
     )
-    table = spectrax.summary(model, state)
+    table = spectrax.summary(model, state, enclosure=False)
     names = [f"[{i}][{j}]" for i in range(2) for j in range(3)]
     assert [row.path[-6:] for row in table] == names
     norms = [true_norm(matrix) for matrix in model.module.reshape(6, 4, 4)]
@@ -174,7 +180,7 @@ def test_paths_in_nested_models(getkey):
         return {"a": {"b": [spectrax.wrap(layer)]}, "c": Outer(key)}
 
     models, state = eqx.nn.make_with_state(make)()
-    table = spectrax.summary(models, state)
+    table = spectrax.summary(models, state, enclosure=False)
     assert [row.path for row in table] == [
         "['a']['b'][0].weight",
         "['c'].inner.first.weight",
@@ -193,11 +199,11 @@ class Namesake(eqx.Module):
 def test_names_that_are_those_of_wrapped(getkey):
     net = Namesake(eqx.nn.Linear(4, 4, key=getkey()), jr.normal(getkey(), (4, 4)))
     model, state = wrap(net, where=lambda net: net.module)
-    table = spectrax.summary(model, state)
+    table = spectrax.summary(model, state, enclosure=False)
     assert [row.path for row in table] == ["module.weight"]
     assert table.unconstrained == (("sites", (4, 4)),)
     model, state = wrap(net, where=lambda net: net.sites)
-    table = spectrax.summary(model, state)
+    table = spectrax.summary(model, state, enclosure=False)
     assert [row.path for row in table] == ["sites"]
     assert table.unconstrained == (("module.weight", (4, 4)),)
 
@@ -205,7 +211,7 @@ def test_names_that_are_those_of_wrapped(getkey):
 def test_layers_of_unknown_arrays(getkey):
     net = {"net": Net(getkey()), "table": jr.normal(getkey(), (4, 4))}
     model, state = wrap(net, where=lambda net: [net["table"], net["net"].first])
-    table = spectrax.summary(model, state)
+    table = spectrax.summary(model, state, enclosure=False)
     assert [row.layer for row in table] == ["dict", "Linear"]
     assert [row.path for row in table] == ["['table']", "['net'].first.weight"]
     assert table.unconstrained == (("['net'].second.weight", (2, 4)),)
@@ -225,13 +231,13 @@ def test_convolutions(getkey):
     assert at_six < at_all
 
     model, state = wrap(conv, input_size=(6,))
-    (row,) = spectrax.summary(model, state, true_norm=True)
+    (row,) = spectrax.summary(model, state, true_norm=True, enclosure=False)
     assert (row.layer, row.shape) == ("Conv1d", (2, 2, 3))
     assert row.sigma == pytest.approx(at_six, rel=1e-6)
     assert row.true_norm == pytest.approx(1, rel=1e-6)
 
     model, state = wrap(conv)
-    (row,) = spectrax.summary(model, state, true_norm=True)
+    (row,) = spectrax.summary(model, state, true_norm=True, enclosure=False)
     assert row.sigma == pytest.approx(at_all, rel=1e-5)
     assert row.true_norm == pytest.approx(row.norm, rel=1e-5)
     assert row.norm == pytest.approx(1, rel=1e-9)
@@ -240,7 +246,9 @@ def test_convolutions(getkey):
 def test_zero_weights(getkey):
     net = eqx.tree_at(linear_weights, Net(getkey()), replace_fn=jnp.zeros_like)
     for constraint in (spectrax.Normalize(), spectrax.Clip()):
-        table = spectrax.summary(*wrap(net, constraint=constraint), true_norm=True)
+        table = spectrax.summary(
+            *wrap(net, constraint=constraint), true_norm=True, enclosure=False
+        )
         for row in table:
             assert (row.sigma, row.norm, row.true_norm, row.residual) == (0, 0, 0, 0)
             assert row.bound == 1
@@ -250,8 +258,26 @@ def test_narrow_weights_as_they_are_stored(getkey):
     """The true norm is that of the rounded weights."""
     layer = eqx.nn.Linear(4, 4, dtype=jnp.bfloat16, key=getkey())
     model, state = wrap(layer)
-    (row,) = spectrax.summary(model, state, true_norm=True)
+    (row,) = spectrax.summary(model, state, true_norm=True, enclosure=False)
     plain = spectrax.unwrap(model, state)
     assert row.true_norm == pytest.approx(true_norm(plain.weight), rel=1e-12)
     assert math.isclose(row.norm, 1, rel_tol=1e-6)
     assert row.true_norm != row.norm
+
+
+def test_the_enclosure_is_of_the_constrained_weight_and_printed_outward(getkey):
+    model, state = wrap(Net(getkey()), constraint=spectrax.Normalize(0.7))
+    model = perturbed(model, getkey())
+    table = spectrax.summary(model, state)
+    plain = spectrax.unwrap(model, state)
+    for row, weight in zip(table, linear_weights(plain), strict=True):
+        truth = true_norm(weight)
+        assert truth > 1.001 * row.bound  # the estimate is out of date
+        assert row.lower <= truth <= row.upper
+        assert row.upper - row.lower <= 1e-4 * truth
+    header, _, *lines = str(table).split("\n")
+    assert header.endswith("proven from        to")
+    for row, line in zip(table, lines, strict=True):
+        lower, upper = map(float, line.split()[-2:])
+        assert row.lower - 1e-6 < lower <= row.lower
+        assert row.upper <= upper < row.upper + 1e-6

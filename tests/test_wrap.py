@@ -278,7 +278,7 @@ def test_ensemble(getkey):
     outside = spectrax.advance(model, clone(state), num_steps=30)
     plain = spectrax.unwrap(model, outside)
     np.testing.assert_allclose(plain.weight, expected, rtol=1e-9)
-    assert len(spectrax.summary(model, outside)) == 3
+    assert len(spectrax.summary(model, outside, enclosure=False)) == 3
 
     y, state = call(model, spectrax.advance(model, state, num_steps=30), x)
     biases = np.asarray(model.module.bias)
@@ -311,7 +311,7 @@ class Tied(eqx.Module):
 def test_tied_weights_are_one(getkey):
     net = Tied(getkey())
     model, state = wrap(net)
-    assert len(model.sites) == len(spectrax.summary(model, state)) == 1
+    assert len(model.sites) == len(spectrax.summary(model, state, enclosure=False)) == 1
     y, state = model(jnp.asarray(2), state)
     embedding, linear = net.shared()
     table = np.asarray(embedding.weight) / true_norm(embedding.weight)
@@ -773,7 +773,7 @@ def test_an_old_state(net):
         lambda: model(x, state=state),
         lambda: spectrax.advance(model, state),
         lambda: spectrax.unwrap(model, state),
-        lambda: spectrax.summary(model, state),
+        lambda: spectrax.summary(model, state, enclosure=False),
         lambda: spectrax.wrap(model.module, state=state),
     ):
         with pytest.raises(ValueError, match="old state|carries state"):
@@ -784,10 +784,10 @@ def test_an_old_state(net):
     with pytest.raises(ValueError, match="Attempted to use old state"):
         spectrax.unwrap(model, new)
     with pytest.raises(ValueError, match="Attempted to use old state"):
-        spectrax.summary(model, new)
+        spectrax.summary(model, new, enclosure=False)
     # Looking does not use it up.
     spectrax.unwrap(model, newest)
-    spectrax.summary(model, newest)
+    spectrax.summary(model, newest, enclosure=False)
     model(x, newest)
 
 

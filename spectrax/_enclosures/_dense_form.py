@@ -64,8 +64,11 @@ def _(operator: lx.FunctionLinearOperator) -> DenseForm | None:
     matrix, error = written_out(correlation_kernel(layer), axes)
     if isinstance(layer, eqx.nn.ConvTranspose):
         matrix = matrix.T
+    # Subnormal taps may be lost before they are entries, up to one of each in a sum.
+    lost = math.sqrt(2 * matrix.size) * layer.weight[0, 0].size
+    lost = lost * flushed_below(layer.weight.dtype)
     # The real form of a complex matrix has its error twice.
-    error = up(1.5 * error) + exact_form(matrix).error
+    error = up(1.5 * error + jnp.asarray(lost, error.dtype)) + exact_form(matrix).error
     return DenseForm(as_real(matrix), error)
 
 
