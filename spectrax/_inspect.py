@@ -160,7 +160,7 @@ def summary(
         import spectrax
 
         key = jax.random.key(0)
-        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
+        mlp = eqx.nn.MLP(16, 16, width_size=16, depth=2, key=key)
         model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)
         table = spectrax.summary(model, state, true_norm=True)
         print(table)

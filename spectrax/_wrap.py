@@ -111,8 +111,8 @@ def wrap(
     - `constraint`: what is done with the norm: [`spectrax.Normalize`][],
         [`spectrax.Clip`][], [`spectrax.ClipToInitial`][] or
         [`spectrax.LearnableBound`][].
-    - `estimator`: how the norm is found: [`spectrax.PowerIteration`][] or
-        [`spectrax.ExactSVD`][].
+    - `estimator`: how the norm is found: [`spectrax.PowerIteration`][],
+        [`spectrax.GramIteration`][] or [`spectrax.ExactSVD`][].
     - `where`: chooses layers, submodules or arrays, as in `equinox.tree_at`:
         `where=lambda model: [model.layers[0], model.head]`. By default, every layer of
         a known type. If it returns a sequence, `constraint` and `estimator` may be

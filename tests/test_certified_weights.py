@@ -52,12 +52,13 @@ def test_weights_as_stored_are_within_the_bound(dtype: Any, constraint: Any):
 
 
 def test_a_stale_state_is_certified_too(getkey):
-    model, state = wrap(Net(getkey()))
+    layer = linear(make_matrix("gaussian", (12, 20), 3))
+    model, state = wrap(layer, constraint=spectrax.Normalize(0.7))
     model = perturbed(model, getkey(), size=1.0)
-    stale = [true_norm(w) for w in linear_weights(spectrax.unwrap(model, state))]
-    assert max(stale) > 1.01
-    for weight in linear_weights(certified(model, state)):
-        assert true_norm(weight) <= 1
+    (stale,) = linear_weights(spectrax.unwrap(model, state))
+    assert true_norm(stale) > 0.71
+    (weight,) = linear_weights(certified(model, state))
+    assert 0.69 <= true_norm(weight) <= 0.7
 
 
 def test_clip_leaves_a_weight_below_its_bound_alone_to_the_last_bit():
@@ -165,9 +166,9 @@ def test_gram_iteration_is_an_upper_bound_before_and_after_advancing(
 
 
 def test_gram_iteration_certifies_anew_only_past_the_tolerance():
-    weight = jnp.asarray(make_matrix("gaussian", (12, 20), 4))
+    weight = jnp.asarray(make_matrix("gaussian", (12, 20), 4), jnp.float32)
     norm = true_norm(weight)
-    unit = jnp.zeros((12, 20)).at[0, 0].set(norm)
+    unit = jnp.zeros((12, 20), jnp.float32).at[0, 0].set(norm)
     for move, anew in ((0.04, False), (0.06, True)):
         moved = weight + move * unit
         *_, before, after = gram_run(*map(lx.MatrixLinearOperator, (weight, moved)))
@@ -204,15 +205,16 @@ def test_operators_of_several_arrays_are_certified_at_each_change(getkey):
 
 
 def test_the_derivative_is_that_of_the_norm():
-    weight = jnp.asarray(make_matrix("gaussian", (12, 20), 4))
-    state = GRAM.init(lx.MatrixLinearOperator(weight), key=jr.key(0))
+    weight = jnp.asarray(make_matrix("gaussian", (12, 20), 4), jnp.float32)
+    operator = lx.MatrixLinearOperator(weight)
+    *_, state, _ = gram_run(operator, operator)
 
     def sigma(weight: jax.Array) -> jax.Array:
         return GRAM.sigma(lx.MatrixLinearOperator(weight), state)
 
     u, _, vh = np.linalg.svd(np.asarray(weight))
     np.testing.assert_allclose(
-        jax.grad(sigma)(weight), np.outer(u[:, 0], vh[0]), atol=1e-6
+        jax.grad(sigma)(weight), np.outer(u[:, 0], vh[0]), atol=1e-4
     )
 
 

@@ -20,8 +20,8 @@ from ._symbols import correlate, Grid, squared_symbols, SquaredSymbols
 _STEPS = 6
 # Entries of the matrices that are worked on at once, such that they stay in the cache.
 _CHUNK_ENTRIES = 2**18
-# Grids of no more points are tried with every shift.
-_FEW_POINTS = 2**8
+# Grids on which a squaring takes no more operations are tried with every shift.
+_FEW_OPERATIONS = 2**25
 # Frequencies that a grid for all input sizes may have.
 MOST_POINTS = 2**13
 
@@ -54,7 +54,8 @@ def enclose_correlation(
     """An upper bound at one input size; `folded` is the same map on the lattice."""
     grid, factor = grid_of(axes)
     # Every shift is valid where one is; for small inputs they differ most.
-    few = math.prod(grid.count) <= _FEW_POINTS
+    channels = min(folded.kernel.shape[1:3])
+    few = math.prod(grid.count) * channels**3 <= _FEW_OPERATIONS
     grids = grid.all_shifts() if few else [grid.even()]
     return _on_grids(folded.kernel, grids).times(factor * (1 + 1e-12)).upper
 

@@ -38,8 +38,8 @@ def probable_upper_bound(
     - `min(0.824, 0.354 / sqrt(e (k - 1))) sqrt(n) (1 - e)^(k - 1/2)` for the power
         method
 
-    on `A^H A`, for every operator (Kuczynski & Wozniakowski 1992, theorem 4.1 and
-    4.2). Here `e` is chosen such that this is the failure probability.
+    on `A^H A`, for every operator (Kuczynski & Wozniakowski 1992). Here `e` is chosen
+    such that this is the failure probability.
 
     **Kind:** an upper bound with the given probability of failure, in exact arithmetic:
     rounding is not accounted for. [`spectrax.enclose_norm`][] has bounds without a
