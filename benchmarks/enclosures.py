@@ -157,8 +157,12 @@ def hard_rows(count: int) -> Iterator[_Row]:
                 violations += int(np.sum(upper < truths - slack))
                 cases += count
                 if exponent > -38 and kind != "zero":
-                    below = max(below, float(np.max((1 - lower / truths)[fits])))
-                    above = max(above, float(np.max((upper / truths - 1)[fits])))
+                    below = max(
+                        below, float(np.max((1 - lower / truths)[fits], initial=0))
+                    )
+                    above = max(
+                        above, float(np.max((upper / truths - 1)[fits], initial=0))
+                    )
         yield {
             "kind": kind,
             "cases": cases,

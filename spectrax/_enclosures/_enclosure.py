@@ -78,9 +78,9 @@ def enclose_norm(
     A [`spectrax.Enclosure`][], of dtype float64 if that is enabled and float32
     otherwise.
 
-    **Cost:** for a matrix about four products `A^T A`, of the order of its singular
-    values alone (the guide has the times). For a convolution some 14 products of matrices with as many
-    rows as channels for each frequency of the grid, half as many frequencies as pixels.
+    **Cost:** for a matrix about four products `A^T A`; the guide has the times beside
+    an SVD. For a convolution some 14 products of matrices with as many rows as channels
+    for each frequency of the grid, half as many frequencies as pixels.
 
     **Raises:** `TypeError` or `ValueError` if `operator` is not a matrix or an
     operator, if `rtol` or `max_steps` is not positive.
