@@ -25,7 +25,7 @@ from spectrax._enclosures._geometry import (
     grid_of,
 )
 
-from .convolutions import Case, case, dense, supremum_of, symbol_norms
+from .convolutions import Case, case, dense, norm_at, supremum_of, symbol_norms
 from .helpers import examples, true_norm
 
 
@@ -592,3 +592,19 @@ def test_channel_that_is_nearly_dead():
     weight[0, 0], weight[1, 1, 0] = 1, 1e-10
     box = enclose_all(layer, weight[None], None)
     assert box.lower[0] <= 2 <= box.upper[0] <= 1.01 * box.lower[0]
+
+
+def test_three_dimensions_and_inputs_beyond_the_grid(getkey):
+    conv = eqx.nn.Conv3d(2, 2, (3, 2, 3), stride=2, padding=1, key=getkey())
+    size = (4, 3, 5)
+    box = spectrax.enclose_norm(spectrax.layer_operator(conv, input_size=size))
+    truth = norm_at(conv, size)
+    assert box.lower <= truth * (1 + 1e-13)
+    assert truth <= box.upper <= (1 + 1e-3) * truth
+    # So many entries that the bound is that of all sizes.
+    conv = eqx.nn.Conv1d(2, 3, 3, padding=1, key=getkey())
+    large = spectrax.layer_operator(conv, input_size=(20_000,))
+    box = spectrax.enclose_norm(large)
+    supremum = supremum_of(conv)
+    assert 0.999 * supremum <= box.lower <= supremum
+    assert supremum <= box.upper <= 1.01 * supremum
