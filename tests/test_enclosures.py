@@ -180,7 +180,8 @@ def check_case(shape: tuple[int, int], dtype: Any, *, width: float) -> None:
             check_ends(box.lower[i], box.upper[i], matrices[i], *context)
             if not np.any(matrices[i]):
                 assert box.upper[i] == 0, context
-            elif not extreme:
+            elif not extreme and box.upper[i] > 1e-29:
+                # Graded matrices may be drawn close to the smallest normal number.
                 assert box.upper[i] <= (1 + width) * box.lower[i], context
         if not extreme:
             assert succeeded(box)
