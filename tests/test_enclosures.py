@@ -25,7 +25,8 @@ BATCH = 32
 # What the singular value decomposition of the truth may be off by.
 SLACK = 1e-13
 # Widths `upper / lower - 1`, where nothing is near the ends of the range of a dtype.
-WIDTHS = {jnp.float64: 2e-5, jnp.float32: 3e-4}
+# Many singular values close to the largest one are the widest in float32.
+WIDTHS = {jnp.float64: 2e-5, jnp.float32: 2e-3}
 
 MORE_KINDS = (
     "toeplitz",
