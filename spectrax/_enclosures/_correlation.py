@@ -25,6 +25,7 @@ from ._rounding import (
     frobenius_lower,
     gamma,
     power_of_two,
+    real_parts,
     up,
     working_dtype,
 )
@@ -83,7 +84,7 @@ def stretch(
     vector: Inexact[Array, "channels *size"],
 ) -> Float[Array, ""]:
     """A lower bound on the norm: how much longer the convolution makes a vector."""
-    real, imag = _parts(kernel), _parts(vector)
+    real, parts = real_parts(kernel), real_parts(vector)
     kernel = real[0]
     if len(real) == 2:
         # The complex map as a real one on twice the channels.
@@ -91,7 +92,7 @@ def stretch(
         bottom = jnp.concatenate([real[1], real[0]], axis=2)
         kernel = jnp.concatenate([top, bottom], axis=1)
     groups = kernel.shape[0]
-    grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in imag]
+    grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in parts]
     rows = jnp.concatenate(grouped, axis=1)
     scale = power_of_two(jnp.max(jnp.abs(kernel)))
     rows = rows / power_of_two(jnp.max(jnp.abs(rows)))
@@ -129,9 +130,3 @@ def patches(
         windows.append(lax.slice(x, (0, 0, *starts), (*x.shape[:2], *stops), strides))
     stacked = jnp.stack(windows, axis=2)
     return stacked.reshape(x.shape[0], x.shape[1] * len(windows), -1)
-
-
-def _parts(values: Inexact[Array, "..."]) -> list[Float[Array, "..."]]:
-    parts = [jnp.real(values), jnp.imag(values)]
-    dtype = working_dtype()
-    return [part.astype(dtype) for part in parts[: 1 + jnp.iscomplexobj(values)]]

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import LinearOperator
 from ._correlation import written_out
-from ._geometry import correlation_axes, correlation_kernel
+from ._geometry import axes_of, correlation_kernel
 from ._products import product
 from ._rounding import (
     flushed_below,
     frobenius,
     power_of_two,
+    real_parts,
     unit_roundoff,
     up,
     working_dtype,
@@ -59,8 +60,7 @@ def _(operator: lx.FunctionLinearOperator) -> DenseForm | None:
     is_convolution = isinstance(layer, eqx.nn.Conv | eqx.nn.ConvTranspose)
     if not is_convolution or not _is_small(operator):
         return None
-    in_size = operator.in_structure().shape[1:]
-    axes = correlation_axes(layer, in_size, operator.out_structure().shape[1:])
+    axes = axes_of(layer, operator)
     matrix, error = written_out(correlation_kernel(layer), axes)
     if isinstance(layer, eqx.nn.ConvTranspose):
         matrix = matrix.T
@@ -119,10 +119,10 @@ def exact_form(matrix: Inexact[Array, "m n"]) -> DenseForm:
 
 def as_real(matrix: Inexact[Array, "m n"]) -> Float[Array, "_ _"]:
     """In the working dtype; a complex matrix as the real one of twice the size."""
-    if not jnp.iscomplexobj(matrix):
-        return matrix.astype(working_dtype())
-    real = jnp.real(matrix).astype(working_dtype())
-    imag = jnp.imag(matrix).astype(working_dtype())
+    real, *rest = real_parts(matrix)
+    if not rest:
+        return real
+    (imag,) = rest
     return jnp.block([[real, -imag], [imag, real]])
 
 

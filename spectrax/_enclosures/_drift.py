@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._operators import FourierMultiplier, LatticeConvolution, Operator
 from ._dense_form import as_real
-from ._geometry import correlation_axes, grid_of
+from ._geometry import axes_of, grid_of
 from ._rounding import (
     any_nonzero,
     flushed_below,
@@ -49,9 +49,9 @@ def _factor(operator: Operator) -> float | None:
     if isinstance(function, FourierMultiplier):
         return 1.0
     if isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose):
-        in_size = operator.in_structure().shape[1:]
-        axes = correlation_axes(function, in_size, operator.out_structure().shape[1:])
-        return grid_of(axes)[1] * _root(function.weight[0, 0].size)
+        return grid_of(axes_of(function, operator))[1] * _root(
+            function.weight[0, 0].size
+        )
     return None
 
 

@@ -29,7 +29,7 @@ from ._correlation import correlation, stretch
 from ._dense import enclose_matrix
 from ._dense_form import dense_form
 from ._ends import Ends, intersection, largest
-from ._geometry import correlation_axes, correlation_kernel, grid_of
+from ._geometry import axes_of, correlation_kernel, grid_of
 from ._rounding import (
     any_nonzero,
     down,
@@ -38,6 +38,7 @@ from ._rounding import (
     frobenius_lower,
     gamma,
     power_of_two,
+    real_parts,
     up,
     working_dtype,
 )
@@ -92,9 +93,7 @@ def _provable(operator: Operator) -> bool:
 def enclose(operator: Operator, effort: Effort) -> Ends:
     """Both ends. Here for operators of which nothing is known but their products."""
     assert isinstance(operator, lx.AbstractLinearOperator)
-    if effort.materialise:
-        return _enclose_matrix(operator.as_matrix(), 0.0, effort)
-    return _stretch_only(operator, effort)
+    return _enclose_unknown(operator, effort)
 
 
 @enclose.register
@@ -185,6 +184,10 @@ def _(operator: lx.FunctionLinearOperator, effort: Effort) -> Ends:
         return largest(ends)
     if isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose):
         return _enclose_convolution(operator, function, effort)
+    return _enclose_unknown(operator, effort)
+
+
+def _enclose_unknown(operator: LinearOperator, effort: Effort) -> Ends:
     if effort.materialise:
         return _enclose_matrix(operator.as_matrix(), 0.0, effort)
     return _stretch_only(operator, effort)
@@ -234,8 +237,7 @@ def _enclose_convolution(
     effort: Effort,
 ) -> Ends:
     """At one input size."""
-    in_size = operator.in_structure().shape[1:]
-    axes = correlation_axes(layer, in_size, operator.out_structure().shape[1:])
+    axes = axes_of(layer, operator)
     folded = _folded(layer)
     grid, factor = grid_of(axes)
     if math.prod(grid.count) <= 2 * MOST_POINTS:
@@ -282,9 +284,9 @@ def _stretch_only(operator: LinearOperator, effort: Effort) -> Ends:
     """
     found = _leading(operator, effort)
     image = apply_rows(operator, found.v)[0]
-    parts = [_real_vector(image), _real_vector(found.v[0])]
-    scale = power_of_two(jnp.max(jnp.abs(parts[0])))
-    length = frobenius_lower(parts[0] / scale) / up(frobenius(parts[1]))
+    image, vector = (jnp.concatenate(real_parts(x)) for x in (image, found.v[0]))
+    scale = power_of_two(jnp.max(jnp.abs(image)))
+    length = frobenius_lower(image / scale) / up(frobenius(vector))
     leaves = jtu.tree_leaves((operator.in_structure(), operator.out_structure()))
     coarsest = max((leaf.dtype for leaf in leaves), key=lambda t: jnp.finfo(t).eps)
     rounding = gamma(2 * (operator.in_size() + operator.out_size()), coarsest)
@@ -296,11 +298,6 @@ def _wide(dtype: Any) -> Any:
     """The working dtype, or its complex one."""
     complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
     return widest(working_dtype(), jnp.complex64) if complex_ else working_dtype()
-
-
-def _real_vector(vector: Array) -> Float[Array, " n"]:
-    parts = [jnp.real(vector), jnp.imag(vector)][: 1 + jnp.iscomplexobj(vector)]
-    return jnp.concatenate(parts).astype(working_dtype())
 
 
 def _finite(value: Float[Array, ""]) -> Float[Array, ""]:

@@ -83,12 +83,15 @@ class GramIteration(AbstractEstimator[GramState]):
             raise ValueError(
                 f"expected `tolerance` to be positive, got {self.tolerance}."
             )
-        PowerIteration(block_size=self.block_size)  # checks it
+        self._power()  # checks `block_size`
+
+    def _power(self) -> PowerIteration:
+        return PowerIteration(block_size=self.block_size)
 
     def init(self, operator: Operator, *, key: PRNGKeyArray) -> GramState:
         """Certified, with converged vectors."""
         check_provable(operator)
-        vectors = PowerIteration(block_size=self.block_size).init(operator, key=key)
+        vectors = self._power().init(operator, key=key)
         return GramState(vectors, *self._certify(operator))
 
     def advance(
@@ -96,8 +99,7 @@ class GramIteration(AbstractEstimator[GramState]):
     ) -> GramState:
         """Power iteration, and a new certificate if the old one has drifted."""
         operator = stop_gradient(operator)
-        power = PowerIteration(block_size=self.block_size)
-        vectors = power.advance(operator, state.vectors, num_steps=num_steps)
+        vectors = self._power().advance(operator, state.vectors, num_steps=num_steps)
         drift = drift_bound(operator, state.reference)
         reference, upper = lax.cond(
             drift > self.tolerance * state.upper,
@@ -108,8 +110,7 @@ class GramIteration(AbstractEstimator[GramState]):
 
     def sigma(self, operator: Operator, state: GramState) -> Float[Array, ""]:
         """The bound that was proven, and the drift since."""
-        power = PowerIteration(block_size=self.block_size)
-        estimate = power.sigma(operator, state.vectors)
+        estimate = self._power().sigma(operator, state.vectors)
         drift = drift_bound(stop_gradient(operator), state.reference)
         # A weight that has not moved keeps the very number.
         upper = jnp.where(drift == 0, state.upper, up(state.upper + drift))
@@ -119,9 +120,7 @@ class GramIteration(AbstractEstimator[GramState]):
 
     def residual(self, operator: Operator, state: GramState) -> Float[Array, ""]:
         """Of the vectors; the bound does not depend on it."""
-        return PowerIteration(block_size=self.block_size).residual(
-            operator, state.vectors
-        )
+        return self._power().residual(operator, state.vectors)
 
     def _certify(self, operator: Operator) -> tuple[PyTree[Array], Float[Array, ""]]:
         operator = stop_gradient(operator)

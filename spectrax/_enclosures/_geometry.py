@@ -21,6 +21,7 @@ from typing import Any
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 from jaxtyping import Array, Inexact
 
@@ -74,6 +75,14 @@ class Axis:
             return (*axis.circle()[:2], factor)
         reach = max(self.size + self.low, self.size + self.high)
         return max(-(-reach // self.stride), self.outputs), True, 1.0
+
+
+def axes_of(
+    layer: eqx.nn.Conv | eqx.nn.ConvTranspose, operator: lx.AbstractLinearOperator
+) -> tuple[Axis, ...]:
+    """The axes of a layer with the sizes of the operator whose function it is."""
+    in_size = operator.in_structure().shape[1:]
+    return correlation_axes(layer, in_size, operator.out_structure().shape[1:])
 
 
 def correlation_axes(

@@ -25,6 +25,14 @@ def working_dtype() -> DType:
     return jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
 
 
+def real_parts(values: Inexact[Array, "..."]) -> list[Float[Array, "..."]]:
+    """The real part and, of complex values, the imaginary one, in that dtype."""
+    parts = [values]
+    if jnp.iscomplexobj(values):
+        parts = [jnp.real(values), jnp.imag(values)]
+    return [part.astype(working_dtype()) for part in parts]
+
+
 def unit_roundoff(dtype: DType) -> float:
     """The largest relative error of one rounding."""
     return float(jnp.finfo(dtype).eps) / 2

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Inexact
 from .._norms._rows import matmul
 from ._gram import HermitianStack
 from ._products import gram, product
-from ._rounding import frobenius, gamma, power_of_two, up, working_dtype
+from ._rounding import frobenius, gamma, power_of_two, real_parts, up
 
 
 class Grid(eqx.Module):
@@ -92,10 +92,7 @@ def correlate(kernel: Inexact[Array, "out in *taps"]) -> Correlations:
     if kernel.shape[0] < kernel.shape[1]:
         kernel = jnp.swapaxes(kernel, 0, 1)
     taps = kernel.shape[2:]
-    parts = [kernel]
-    if jnp.iscomplexobj(kernel):
-        parts = [jnp.real(kernel), jnp.imag(kernel)]
-    parts = [part.astype(working_dtype()) for part in parts]
+    parts = real_parts(kernel)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(part)) for part in parts]))
     scale = power_of_two(jnp.where(jnp.isfinite(largest), largest, 1))
     flat = [
