@@ -8,11 +8,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
-from ._constraints import apply_scale
+from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import check_provable, enclose_norm
 from ._norms import stop_gradient
 from ._operators import Operator
-from ._site import over_stack, Site, site_norm, site_view
+from ._site import over_stack, Site, site_norm, site_view, SiteState
 from ._tree import follow, path_string
 
 
@@ -20,10 +20,9 @@ _MAX_ATTEMPTS = 24
 
 
 def certified_site_weight(
-    module: PyTree, site: Site, state: eqx.nn.State
+    module: PyTree, site: Site, state: SiteState, constraint: AbstractConstraint
 ) -> Inexact[Array, "..."]:
     """A site's constrained weight, or the whole stack of them, with proof."""
-    constraint = site.constraint(state)
     scale = constraint.scale(site_norm(module, site, state))
     bound = jnp.broadcast_to(constraint.target(), scale.shape)
     weight = follow(module, site.path)

@@ -12,14 +12,14 @@ import lineax as lx
 import numpy as np
 from jaxtyping import PyTree
 
-from ._constraints import apply_scale
+from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import enclose_norm
 from ._norms import exact_norm, spectral_norm
 from ._operators import LatticeConvolution, Operator
 from ._select import search_weights
-from ._site import over_stack, Site, site_norm, site_operators
+from ._site import over_stack, Site, site_norm, site_operators, SiteState
 from ._tree import as_path, follow, nodes, Path, path_string, replace
-from ._wrap import Wrapped, wrapped_modules
+from ._wrap import sites_of, Wrapped, wrapped_modules
 
 
 _LARGEST_DENSE = 2**24
@@ -171,28 +171,27 @@ def summary(
     rows: list[SummaryRow] = []
     for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped)):
         root = as_path(key_path)
-        for site in node.sites if isinstance(node, Wrapped) else ():
-            rows += _rows(node, site, state, root, enclosure, true_norm)
+        if isinstance(node, Wrapped):
+            for found in sites_of(node, state):
+                rows += _rows(node.module, *found, root, enclosure, true_norm)
     return Summary(tuple(rows), tuple(_unconstrained(model)))
 
 
 def _rows(
-    wrapped: Wrapped,
+    module: PyTree,
     site: Site,
-    state: eqx.nn.State,
+    state: SiteState,
+    constraint: AbstractConstraint,
     root: Path,
     with_ends: bool,  # noqa: FBT001
     with_truth: bool,  # noqa: FBT001
 ) -> list[SummaryRow]:
-    operators, depth = site_operators(wrapped.module, site)
-    sigma = site_norm(wrapped.module, site, state)
-    constraint = site.constraint(state)
+    operators, depth = site_operators(module, site)
+    sigma = site_norm(module, site, state)
     scale = constraint.scale(sigma)
-    residual = over_stack(site.estimator.residual, depth)(
-        operators, state.get(site.estimate)
-    )
-    weight = follow(wrapped.module, site.path)
-    constrained = replace(wrapped.module, [site.path], [apply_scale(weight, scale)])
+    residual = over_stack(site.estimator.residual, depth)(operators, state.estimate)
+    weight = follow(module, site.path)
+    constrained = replace(module, [site.path], [apply_scale(weight, scale)])
     operators, _ = site_operators(constrained, site)
     bound = jnp.broadcast_to(constraint.target(), sigma.shape)
     rows = []
@@ -203,7 +202,7 @@ def _rows(
         rows.append(
             SummaryRow(
                 path=path_string((*root, *site.path)) + suffix,
-                layer=type(follow(wrapped.module, site.path[:-1])).__name__,
+                layer=type(follow(module, site.path[:-1])).__name__,
                 shape=weight.shape[depth:],
                 sigma=float(sigma[index]),
                 norm=float(jnp.abs(sigma[index]) * scale[index]),

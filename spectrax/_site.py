@@ -1,8 +1,9 @@
 """One constrained weight: its place, its estimate, its constraint."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -17,101 +18,78 @@ from ._tree import follow, Path
 View = Callable[[Array], Operator | Array]
 
 
-class Site(eqx.Module):
-    """One constrained weight: where it is, and what belongs to it."""
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One constrained weight: where it is, how it acts, how its norm is found.
 
-    path: Path = eqx.field(static=True)
-    view: View | None = eqx.field(static=True)
-    input_size: tuple[int, ...] | None = eqx.field(static=True)
+    Holds no arrays: what belongs to the weight is in a `SiteState`.
+    """
+
+    path: Path
+    view: View | None
+    input_size: tuple[int, ...] | None
     estimator: AbstractEstimator
-    # The constraint is found in the model if it is trained, else in the state.
-    trained_constraint: AbstractConstraint | None
-    fixed_constraint: eqx.nn.StateIndex | None
-    estimate: eqx.nn.StateIndex
-
-    def constraint(self, state: eqx.nn.State) -> AbstractConstraint:
-        """The constraint, wherever it is."""
-        if self.fixed_constraint is None:
-            assert self.trained_constraint is not None
-            return self.trained_constraint
-        return state.get(self.fixed_constraint)
 
 
-def make_site(
-    module: PyTree,
-    path: Path,
-    view: View | None,
-    input_size: tuple[int, ...] | None,
-    estimator: AbstractEstimator,
-    constraint: AbstractConstraint,
-    key: PRNGKeyArray,
-) -> Site:
-    """A site with its first estimate, and the constraint made for its norm."""
-    operators, depth = _operators(module, path, view, input_size)
-    estimate = _init(estimator, operators, key, depth)
-    constraint = constraint.init(_sigma(estimator, operators, estimate, depth))
-    trained = constraint.trainable
-    return Site(
-        path=path,
-        view=view,
-        input_size=input_size,
-        estimator=estimator,
-        trained_constraint=constraint if trained else None,
-        fixed_constraint=None if trained else eqx.nn.StateIndex(constraint),
-        estimate=eqx.nn.StateIndex(estimate),
-    )
+class SiteState(NamedTuple):
+    """What a site carries from step to step."""
+
+    estimate: PyTree
+    # `None` if the constraint is trained: it is then part of the model.
+    constraint: AbstractConstraint | None
 
 
-def site_norm(module: PyTree, site: Site, state: eqx.nn.State) -> Float[Array, "..."]:
+def init_site(
+    module: PyTree, site: Site, constraint: AbstractConstraint, key: PRNGKeyArray
+) -> tuple[SiteState, AbstractConstraint | None]:
+    """A site's first state, with the constraint made for its norm, and that constraint
+    if it is to be trained.
+    """
+    operators, depth = site_operators(module, site)
+    estimate = _init(site.estimator, operators, key, depth)
+    constraint = constraint.init(_sigma(site.estimator, operators, estimate, depth))
+    if constraint.trainable:
+        return SiteState(estimate, None), constraint
+    return SiteState(estimate, constraint), None
+
+
+def site_norm(module: PyTree, site: Site, state: SiteState) -> Float[Array, "..."]:
     """The norm of a site's raw weight, one for each layer of a stack."""
     operators, depth = site_operators(module, site)
-    return _sigma(site.estimator, operators, state.get(site.estimate), depth)
+    return _sigma(site.estimator, operators, state.estimate, depth)
 
 
 def advance_site(
-    module: PyTree, site: Site, state: eqx.nn.State, num_steps: int | None
-) -> eqx.nn.State:
+    module: PyTree, site: Site, state: SiteState, num_steps: int | None
+) -> SiteState:
     """The state with this site's estimate brought up to date."""
     operators, depth = site_operators(module, site)
-    estimate = state.get(site.estimate)
-    new = _advance(site.estimator, operators, estimate, depth, num_steps)
-    return state.set(site.estimate, new)
+    estimate = _advance(site.estimator, operators, state.estimate, depth, num_steps)
+    return SiteState(estimate, state.constraint)
 
 
 def site_operators(module: PyTree, site: Site) -> tuple[Operator, int]:
     """How a site's weight acts, and the number of stacked axes: the operator's arrays
     have those axes in front, so that it is to be used under as many `vmap`s.
     """
-    return _operators(module, site.path, site.view, site.input_size)
+    build, depth = site_view(module, site)
+    return over_stack(build, depth)(follow(module, site.path)), depth
 
 
 def site_view(module: PyTree, site: Site) -> tuple[Callable[[Array], Operator], int]:
     """From one weight of a site's stack to its operator, and the number of stacked
     axes.
     """
-    return _view(module, site.path, site.view, site.input_size)
-
-
-def _operators(
-    module: PyTree, path: Path, view: View | None, input_size: tuple[int, ...] | None
-) -> tuple[Operator, int]:
-    build, depth = _view(module, path, view, input_size)
-    return over_stack(build, depth)(follow(module, path)), depth
-
-
-def _view(
-    module: PyTree, path: Path, view: View | None, input_size: tuple[int, ...] | None
-) -> tuple[Callable[[Array], Operator], int]:
-    weight = follow(module, path)
-    layer, rule = rule_at(module, path)
+    weight = follow(module, site.path)
+    layer, rule = rule_at(module, site.path)
 
     def build(weight: Array) -> Operator:
-        if view is not None:
-            return as_operator(view(weight))
-        return rule.view(layer, weight, input_size)
+        if site.view is not None:
+            return as_operator(site.view(weight))
+        return rule.view(layer, weight, site.input_size)
 
     # An array of no known layer may have any number of axes if the view says so.
-    strange = layer is None and view is not None
+    strange = layer is None and site.view is not None
     return build, 0 if strange else rule.stack_ndim(layer, weight)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -45,10 +44,20 @@ def follow(tree: PyTree, path: Path) -> Any:
 
 
 def replace(tree: PyTree, paths: list[Path], values: list[Any]) -> PyTree:
-    """A copy of the tree with other nodes at the ends of the paths."""
-    if not paths:
-        return tree
-    return eqx.tree_at(lambda t: [follow(t, path) for path in paths], tree, values)
+    """A copy of the tree with other nodes at the ends of the paths. The values are put
+    in as they are, without a look inside.
+    """
+    new = dict(zip(paths, values, strict=True))
+    # The same object may also be elsewhere: only the path tells.
+    candidates = {id(follow(tree, path)) for path in paths}
+    leaves, structure = jtu.tree_flatten_with_path(
+        tree, is_leaf=lambda node: id(node) in candidates
+    )
+    replaced = [
+        new.get(as_path(key_path), leaf) if id(leaf) in candidates else leaf
+        for key_path, leaf in leaves
+    ]
+    return jtu.tree_unflatten(structure, replaced)
 
 
 def nodes(

@@ -11,8 +11,9 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._certify import certified_site_weight
 from ._constraints import AbstractConstraint, apply_scale, Normalize
 from ._norms import AbstractEstimator, PowerIteration
+from ._scaled import ScaledLayer, scales_output
 from ._select import check_weight, find_weights, rule_at, select_weights
-from ._site import advance_site, make_site, Site, site_norm, View
+from ._site import advance_site, init_site, Site, site_norm, SiteState, View
 from ._tree import as_path, follow, nodes, Path, path_string, replace
 
 
@@ -23,21 +24,31 @@ class Wrapped(eqx.nn.StatefulLayer):
     iteration and fixed bounds are in the `equinox.nn.State`.
 
     - `module`: the module as it was given, with raw weights.
-    - `sites`: the constrained weights. [`spectrax.summary`][] shows them.
+    - `constraints`: of each constrained weight the constraint if it is trained, as a
+        `LearnableBound` is, else `None`. [`spectrax.summary`][] shows all of them.
     - `inference`: if `True`, nothing advances. Set by `equinox.nn.inference_mode`.
     """
 
     module: Any
-    sites: tuple[Site, ...]
+    constraints: tuple[AbstractConstraint | None, ...]
+    # One index for all sites, as JAX walks through all of this at each call.
+    memory: eqx.nn.StateIndex | None
+    sites: tuple[Site, ...] = eqx.field(static=True)
     inference: bool
 
     def __init__(
-        self, module: PyTree, sites: Sequence[Site] = (), *, inference: bool = False
+        self,
+        module: PyTree,
+        sites: Sequence[Site] = (),
+        constraints: Sequence[AbstractConstraint | None] = (),
+        states: Sequence[SiteState] = (),
     ):
         """Used by `wrap`; without `sites` nothing is constrained."""
         self.module = module
+        self.constraints = tuple(constraints)
+        self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None
         self.sites = tuple(sites)
-        self.inference = inference
+        self.inference = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Advances the state, then calls the module with constrained weights.
@@ -176,6 +187,8 @@ def wrap(
     size = None if input_size is None else tuple(input_size)
     key = jr.key(0) if key is None else key
     sites: list[Site] = []
+    trained: list[AbstractConstraint | None] = []
+    states: list[SiteState] = []
     fitting = False
     for paths, constraint_, estimator_ in zip(
         targets, constraints, estimators, strict=True
@@ -189,22 +202,18 @@ def wrap(
             check_weight(module, path)
             sized = rule_at(module, path)[1].sized and view is None
             fitting |= sized
-            site = make_site(
-                module,
-                path,
-                view,
-                size if sized else None,
-                estimator_,
-                constraint_,
-                jr.fold_in(key, len(sites)),
-            )
+            site = Site(path, view, size if sized else None, estimator_)
+            site_key = jr.fold_in(key, len(sites))
+            state_, trained_ = init_site(module, site, constraint_, site_key)
             sites.append(site)
+            states.append(state_)
+            trained.append(trained_)
     if size is not None and not fitting:
         raise ValueError(
             f"expected `input_size` with a convolution among the chosen layers, got "
             f"{size} and none whose norm depends on it. Leave it out."
         )
-    return Wrapped(module, sites)
+    return Wrapped(module, sites, trained, states)
 
 
 def advance(
@@ -263,8 +272,12 @@ def advance(
     for wrapped in wrapped_modules(model, "advance"):
         if wrapped.inference:
             continue
-        for site in wrapped.sites:
-            state = advance_site(wrapped.module, site, state, num_steps)
+        new = [
+            advance_site(wrapped.module, site, site_state, num_steps)
+            for site, site_state, _ in sites_of(wrapped, state)
+        ]
+        if wrapped.memory is not None:
+            state = state.set(wrapped.memory, tuple(new))
     return state
 
 
@@ -327,20 +340,43 @@ def wrapped_modules(model: PyTree, caller: str) -> list[Wrapped]:
     return found
 
 
+def sites_of(
+    wrapped: Wrapped, state: eqx.nn.State
+) -> list[tuple[Site, SiteState, AbstractConstraint]]:
+    """Each constrained weight with what it carries and its constraint."""
+    if wrapped.memory is None:
+        return []
+    found = []
+    for site, trained, own in zip(
+        wrapped.sites, wrapped.constraints, state.get(wrapped.memory), strict=True
+    ):
+        constraint = own.constraint if trained is None else trained
+        assert constraint is not None
+        found.append((site, own, constraint))
+    return found
+
+
 def _constrained(
     wrapped: Wrapped,
     state: eqx.nn.State,
     certified: bool,  # noqa: FBT001
 ) -> PyTree:
-    weights = []
-    for site in wrapped.sites:
+    paths, values = [], []
+    for site, site_state, constraint in sites_of(wrapped, state):
+        path = site.path
         if certified:
-            weights.append(certified_site_weight(wrapped.module, site, state))
-            continue
-        weight = follow(wrapped.module, site.path)
-        scale = site.constraint(state).scale(site_norm(wrapped.module, site, state))
-        weights.append(apply_scale(weight, scale))
-    return replace(wrapped.module, [site.path for site in wrapped.sites], weights)
+            value = certified_site_weight(wrapped.module, site, site_state, constraint)
+        else:
+            weight = follow(wrapped.module, path)
+            scale = constraint.scale(site_norm(wrapped.module, site, site_state))
+            layer = follow(wrapped.module, path[:-1]) if path else None
+            if scales_output(layer, weight, scale):
+                path, value = path[:-1], ScaledLayer(layer, scale)
+            else:
+                value = apply_scale(weight, scale)
+        paths.append(path)
+        values.append(value)
+    return replace(wrapped.module, paths, values)
 
 
 def _for_each(

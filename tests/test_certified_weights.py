@@ -70,7 +70,7 @@ def test_clip_leaves_a_weight_below_its_bound_alone_to_the_last_bit():
 def test_learned_bounds_and_zero_weights():
     layer = linear(make_matrix("gaussian", (12, 20), 3))
     model, state = wrap(layer, constraint=spectrax.LearnableBound(2.5))
-    bound = float(model.sites[0].trained_constraint.target())
+    bound = float(model.constraints[0].target())
     assert 2.499 <= true_norm(certified(model, state).weight) <= bound
     model, state = wrap(linear(np.zeros((12, 20))))
     assert jnp.all(certified(model, state).weight == 0)

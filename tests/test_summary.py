@@ -66,7 +66,7 @@ def test_an_estimate_that_lags_is_shown_to_lag(getkey):
 
 
 def _vectors(model: spectrax.Wrapped, state: eqx.nn.State) -> tuple[Array, Array]:
-    power = state.get(model.sites[0].estimate)
+    power = state.get(model.memory)[0].estimate
     assert isinstance(power, spectrax.PowerState)
     return power.u, power.v
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
 from .._operators import adjoint_rows, apply_rows
@@ -17,6 +17,8 @@ from ._rows import (
     normalize_rows,
     orthonormalize,
     phase_of,
+    scale_down,
+    unit_rows,
 )
 
 
@@ -62,43 +64,53 @@ def power_step(operator: LinearOperator, state: RowState) -> RowState:
     Where the operator maps a vector to zero, the vector is kept as it was; if anything
     is not finite, the whole state is.
     """
-    step = _single_step if state.momentum is None else _block_step
-    new = step(operator, state)
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(new)]).all()
+    if state.momentum is None:
+        new, finite = _single_step(operator, state)
+    else:
+        new, finite = _block_step(operator, state)
     return jtu.tree_map(ft.partial(jnp.where, finite), new, state)
 
 
-def _single_step(operator: LinearOperator, state: RowState) -> RowState:
-    v, length = normalize_rows(adjoint_rows(operator, normalize_rows(state.u)[0]))
-    v = keep_where(length > 0, v, state.v)
-    u, length = normalize_rows(apply_rows(operator, v))
-    return RowState(keep_where(length > 0, u, state.u), v, None)
+def _single_step(
+    operator: LinearOperator, state: RowState
+) -> tuple[RowState, Bool[Array, ""]]:
+    """The step, and whether everything is finite."""
+    v, v_length = normalize_rows(adjoint_rows(operator, normalize_rows(state.u)[0]))
+    v = keep_where(v_length > 0, v, state.v)
+    u, u_length = normalize_rows(apply_rows(operator, v))
+    finite = jnp.isfinite(v_length[0]) & jnp.isfinite(u_length[0])
+    return RowState(keep_where(u_length > 0, u, state.u), v, None), finite
 
 
-def _block_step(operator: LinearOperator, state: RowState) -> RowState:
+def _block_step(
+    operator: LinearOperator, state: RowState
+) -> tuple[RowState, Bool[Array, ""]]:
     assert state.momentum is not None
     block = state.u.shape[0]
-    old, _ = normalize_rows(state.v)
-    moved = adjoint_rows(operator, normalize_rows(state.u)[0])
+    old, _ = unit_rows(state.v)
+    moved, largest_moved = scale_down(adjoint_rows(operator, unit_rows(state.u)[0]))
     # Close to convergence the new directions differ little from the old: what matters
     # is the difference, scaled up before it is orthogonalised.
     new = _unit_part_outside(jnp.concatenate([moved, state.momentum]), old)
     basis = orthonormalize(jnp.concatenate([old, new]))
-    images = apply_rows(operator, basis)
+    images, largest_image = scale_down(apply_rows(operator, basis))
     coefficients = _best_combinations(images)[:block]
-    v, _ = normalize_rows(matmul(coefficients, basis))
-    u, image_length = normalize_rows(matmul(coefficients, images))
-    momentum = matmul(coefficients[:, block:], basis[block:])
-    return RowState(
+    v, _ = unit_rows(matmul(coefficients, basis))
+    u, image_length = unit_rows(matmul(coefficients, images))
+    momentum, _ = unit_rows(matmul(coefficients[:, block:], basis[block:]))
+    new = RowState(
         keep_where(image_length > 0, u, state.u),
         keep_where(image_length > 0, v, state.v),
-        normalize_rows(momentum)[0],
+        momentum,
     )
+    # Anything that is not finite shows in these, the small ones.
+    finite = jnp.isfinite(largest_moved) & jnp.isfinite(largest_image)
+    return new, finite & jnp.all(jnp.isfinite(coefficients))
 
 
 def _unit_part_outside(rows: Rows, basis: Rows) -> Rows:
-    rows, _ = normalize_rows(rows)
-    return normalize_rows(rows - matmul(inner(rows, basis), basis))[0]
+    rows, _ = unit_rows(rows)
+    return unit_rows(rows - matmul(inner(rows, basis), basis))[0]
 
 
 def _best_combinations(images: Rows) -> Inexact[Array, "block block"]:
@@ -108,8 +120,6 @@ def _best_combinations(images: Rows) -> Inexact[Array, "block block"]:
     Each row is signed so that it keeps pointing along its basis vector: successive
     vectors of an iteration then do not cancel when they are averaged.
     """
-    largest = jnp.max(jnp.abs(images))
-    images = images / jnp.where(largest > 0, largest, 1).astype(images.dtype)
     _, vectors = jnp.linalg.eigh(inner(images, images))
     rows = jnp.conj(vectors[:, ::-1]).T
     return rows * jnp.conj(phase_of(jnp.diagonal(rows)))[:, None]

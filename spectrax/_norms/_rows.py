@@ -48,6 +48,24 @@ def normalize_rows(rows: Rows) -> tuple[Rows, Float[Array, " block"]]:
     return scaled / divisor, scale * length
 
 
+def scale_down(rows: Rows) -> tuple[Rows, Float[Array, ""]]:
+    """The whole block divided by its largest absolute value, and that value."""
+    largest = jnp.max(jnp.abs(rows))
+    return rows / jnp.where(largest > 0, largest, 1).astype(rows.dtype), largest
+
+
+def unit_rows(rows: Rows) -> tuple[Rows, Float[Array, " block"]]:
+    """`normalize_rows` for rows whose squares neither overflow nor, if the row is to
+    count, underflow: those of a block after `scale_down`. One pass less.
+    """
+    squares = jnp.real(
+        jnp.einsum("ij,ij->i", rows, jnp.conj(rows), precision="highest")
+    )
+    length = jnp.sqrt(squares)
+    divisor = jnp.where(length > 0, length, 1)[:, None].astype(rows.dtype)
+    return rows / divisor, length
+
+
 def orthonormalize(rows: Rows) -> Rows:
     """An orthonormal basis of the rows' span, by Cholesky on their Gram matrix.
 
