@@ -43,7 +43,9 @@ class Wrapped(eqx.nn.StatefulLayer):
         constraints: Sequence[AbstractConstraint | None] = (),
         states: Sequence[SiteState] = (),
     ):
-        """Used by `wrap`; without `sites` nothing is constrained."""
+        """Used by `wrap`, which makes `sites` and their `constraints` and `states`.
+        Without them nothing is constrained.
+        """
         self.module = module
         self.constraints = tuple(constraints)
         self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None

@@ -8,10 +8,10 @@ The factor is computed by blocks of columns. Each is the block of `M` less a pro
 the columns before it: that product, with its error, is also most of the residual.
 """
 
-import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._linalg import cholesky
 from .._norms._rows import matmul
 from ._products import product
 from ._rounding import frobenius, unit_roundoff, up
@@ -61,7 +61,7 @@ def _next_columns(
     if before.shape[1] > 0:
         known, error = product(before, before[:width].T)
         block = block - known
-    corner = lax.linalg.cholesky(block[:width], symmetrize_input=False)
+    corner = cholesky(block[:width])
     below = matmul(block[width:], _triangular_inverse(corner).T)
     columns = jnp.concatenate([corner, below])
     # With the corner as `D + S`, `S` strictly lower, the lower half of

@@ -6,6 +6,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PRNGKeyArray
 
+from .._linalg import eigh
 from .._norms._rows import matmul, random_rows
 from ._cholesky import eigenvalue_bound
 from ._dense_form import as_real
@@ -115,7 +116,7 @@ def _lanczos(
     zeros = jnp.zeros((size, n), square.dtype), jnp.zeros((size, size), square.dtype)
     basis, projection, _ = lax.fori_loop(0, size, extend, (*zeros, start))
     # Row `j` holds the coefficients of the vectors up to `j`: the lower half.
-    values, vectors = jnp.linalg.eigh(projection, symmetrize_input=False)
+    values, vectors = eigh(projection)
     vector = vectors[:, -1] @ basis
     length = jnp.linalg.norm(vector)
     return vector / jnp.where(length > 0, length, 1), values[-1]

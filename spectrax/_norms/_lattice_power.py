@@ -20,6 +20,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Complex, Float, Inexact, Int, PRNGKeyArray
@@ -32,6 +33,8 @@ from ._rows import phase_of, random_rows
 
 _MOST_CELLS = 512
 _NEWTON_STEPS = 2
+# Candidates that a step moves: the best ones, and some of the others in turn.
+_BEST, _IN_TURN = 6, 4
 
 
 class LatticePowerState(eqx.Module):
@@ -42,7 +45,9 @@ class LatticePowerState(eqx.Module):
     - `u`, `v`, `momentum`: as in [`spectrax.PowerState`][], complex amplitudes of plane
         waves: `[groups, cells, block, channels]`.
     - `frequency`: of each candidate, `[groups, cells, dim]`, in radians per tap.
+    - `value`: of each candidate when it was last moved, `|u^H F v|`, `[groups, cells]`.
     - `leader`: the best candidate of each group, `[groups]`.
+    - `turn`: counts the steps, `[groups]`.
     """
 
     # Under `vmap` a part of it may lack the first axes.
@@ -50,7 +55,9 @@ class LatticePowerState(eqx.Module):
     v: Complex[Array, "*groups cells block in"]
     momentum: Complex[Array, "*groups cells block in"] | None
     frequency: Float[Array, "*groups cells dim"]
+    value: Float[Array, "*groups cells"]
     leader: Int[Array, "*groups"]
+    turn: Int[Array, "*groups"]
 
 
 def init_lattice_state(
@@ -78,35 +85,65 @@ def init_lattice_state(
         v=v,
         momentum=jnp.zeros_like(v) if block > 1 else None,
         frequency=jnp.broadcast_to(frequency, (groups, *frequency.shape)),
+        value=jnp.zeros((groups, len(centres)), frequency.dtype),
         leader=jnp.zeros(groups, jnp.int32),
+        turn=jnp.zeros(groups, jnp.int32),
     )
+    everyone = jnp.broadcast_to(jnp.arange(len(centres)), (groups, len(centres)))
     return lax.fori_loop(
-        0, num_steps, lambda _, state: lattice_power_step(operator, state), state
+        0, num_steps, lambda _, state: _step(operator, state, everyone), state
     )
 
 
 def lattice_power_step(
     operator: LatticeConvolution, state: LatticePowerState
 ) -> LatticePowerState:
-    """One step of every candidate; the leaders are chosen anew."""
+    """One step of the best candidates and of those whose turn it is. The leaders are
+    chosen anew among them.
+    """
+    groups, cells = state.value.shape
+    if cells <= _BEST + _IN_TURN:
+        chosen = jnp.broadcast_to(jnp.arange(cells), (groups, cells))
+    else:
+        _, best = lax.top_k(state.value, _BEST)
+        following = jnp.arange(_IN_TURN, dtype=state.turn.dtype)
+        turns = state.turn[:, None] * _IN_TURN + following[None]
+        others = (turns % cells).astype(best.dtype)
+        chosen = jnp.concatenate([best, others], axis=1)
+    return _step(operator, state, chosen)
+
+
+def _step(
+    operator: LatticeConvolution,
+    state: LatticePowerState,
+    chosen: Int[Array, "groups chosen"],
+) -> LatticePowerState:
+    """One step of the chosen candidates."""
     centres, width = _cells(operator)
-    largest = jnp.max(jnp.abs(operator.kernel))
-    # Frequencies are compared by squares, which must not overflow.
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    dtype = accumulation_dtype(operator)
-    kernel = operator.kernel.astype(dtype) / scale.astype(dtype)
     centres = jnp.asarray(centres, state.frequency.dtype)
     offsets = jnp.asarray(_offsets(width), state.frequency.dtype)
 
-    def group_step(kernel: Array, state: LatticePowerState) -> LatticePowerState:
+    def group_step(
+        kernel: Array, chosen: Array, rows: RowState, frequency: Array, value: Array
+    ) -> tuple[RowState, Array, Array, Array]:
         group = LatticeConvolution(kernel[None], 1.0)
-        rows = RowState(state.u, state.v, state.momentum)
-        step = jax.vmap(ft.partial(_candidate_step, group, offsets))
-        rows, frequency, values = step(centres, state.frequency, rows)
-        leader = jnp.argmax(values).astype(jnp.int32)
-        return LatticePowerState(rows.u, rows.v, rows.momentum, frequency, leader)
+        old = jtu.tree_map(lambda x: x[chosen], rows)
+        new = _move(group, offsets, centres[chosen], frequency[chosen], old)
+        best = chosen[jnp.argmax(new[2])].astype(jnp.int32)
+        rows, frequency, value = jtu.tree_map(
+            lambda whole, part: whole.at[chosen].set(part),
+            (rows, frequency, value),
+            new,
+        )
+        return rows, frequency, value, best
 
-    return jax.vmap(group_step)(kernel, state)
+    rows = RowState(state.u, state.v, state.momentum)
+    rows, frequency, value, leader = jax.vmap(group_step)(
+        operator.kernel, chosen, rows, state.frequency, state.value
+    )
+    return LatticePowerState(
+        rows.u, rows.v, rows.momentum, frequency, value, leader, state.turn + 1
+    )
 
 
 def lattice_value(
@@ -146,33 +183,41 @@ def _leader(
     return matrix, RowState(state.u[state.leader], state.v[state.leader], None)
 
 
-def _candidate_step(
+def _move(
     operator: LatticeConvolution,
     offsets: Float[Array, "points dim"],
-    centre: Float[Array, " dim"],
-    frequency: Float[Array, " dim"],
+    centres: Float[Array, "cells dim"],
+    frequency: Float[Array, "cells dim"],
     rows: RowState,
-) -> tuple[RowState, Float[Array, " dim"], Float[Array, ""]]:
-    """The step of one candidate of a convolution with one group."""
-    rows = power_step(_at_frequency(operator, frequency), rows)
-    frequency, value = _climb(operator, offsets, centre, frequency, rows)
+) -> tuple[RowState, Float[Array, "cells dim"], Float[Array, " cells"]]:
+    """The step of some candidates of a convolution with one group."""
+
+    def iterate(matrix: Complex[Array, "out in"], rows: RowState) -> RowState:
+        return power_step(lx.MatrixLinearOperator(matrix), rows)
+
+    rows = jax.vmap(iterate)(operator.symbol(frequency)[0], rows)
+    amplitudes = operator.amplitudes(rows.u[:, 0], rows.v[:, 0])
+    climb = ft.partial(_climb, operator.tap_positions(), offsets)
+    frequency, value = jax.vmap(climb)(amplitudes, centres, frequency)
     # `u^H F(w) v` at the new frequency, made real and positive again.
-    rows = eqx.tree_at(lambda rows: rows.u, rows, rows.u * phase_of(value))
+    phase = phase_of(value)[:, None, None]
+    rows = eqx.tree_at(lambda rows: rows.u, rows, rows.u * phase)
     return rows, frequency, jnp.abs(value)
 
 
 def _climb(
-    operator: LatticeConvolution,
+    positions: Float[Array, "taps dim"],
     offsets: Float[Array, "points dim"],
+    amplitudes: Complex[Array, " taps"],
     centre: Float[Array, " dim"],
     current: Float[Array, " dim"],
-    rows: RowState,
 ) -> tuple[Float[Array, " dim"], Complex[Array, ""]]:
     """The frequency of the cell at which `|u^H F(w) v|` is largest, and `u^H F v`."""
-    u, v = rows.u[0], rows.v[0]
-    taps = operator.kernel[0].reshape(u.size, v.size, -1)
-    amplitudes = jnp.einsum("o,oit,i->t", jnp.conj(u), taps, v, precision="highest")
-    positions = operator.tap_positions()
+    largest = jnp.max(jnp.abs(amplitudes))
+    # Frequencies are compared by squares, which must not overflow.
+    usable = (largest > 0) & jnp.isfinite(largest)
+    scale = jnp.where(usable, largest, 1).astype(amplitudes.dtype)
+    amplitudes = amplitudes / scale
     weights = positions.astype(amplitudes.dtype)
 
     def wave(frequency: Float[Array, " dim"]) -> Complex[Array, " taps"]:
@@ -194,13 +239,27 @@ def _climb(
         )
         # An axis with one tap has no say: its row is zero and must not be singular.
         hessian -= jnp.diag(jnp.where(jnp.diagonal(hessian) == 0, 1.0, 0.0))
-        return better(frequency - jnp.linalg.solve(hessian, gradient), frequency)
+        return better(frequency - _solve(hessian, gradient), frequency)
 
     grid = centre[None] + offsets
     on_grid = grid[jnp.argmax(jnp.abs(unit_complex(grid @ positions.T) @ amplitudes))]
     best = better(on_grid, current)
     best = lax.fori_loop(0, _NEWTON_STEPS, lambda _, w: newton(w), best)
-    return best, jnp.sum(wave(best))
+    return best, scale * jnp.sum(wave(best))
+
+
+def _solve(
+    matrix: Float[Array, "dim dim"], right: Float[Array, " dim"]
+) -> Float[Array, " dim"]:
+    """Gaussian elimination, as a batched call to LAPACK waits for threads (see
+    `_linalg`). Without pivots: what fails, or is inaccurate, is no better frequency.
+    """
+    rows = [jnp.append(matrix[i], right[i]) for i in range(len(right))]
+    for i, pivot in enumerate(rows):
+        rows = [
+            r if j == i else r - r[i] / pivot[i] * pivot for j, r in enumerate(rows)
+        ]
+    return jnp.stack([row[-1] / row[i] for i, row in enumerate(rows)])
 
 
 def _at_frequency(

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Inexact
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
+from .._linalg import eigh
 from .._operators import adjoint_rows, apply_rows
 from ._rows import (
     inner,
@@ -120,7 +121,7 @@ def _best_combinations(images: Rows) -> Inexact[Array, "block block"]:
     Each row is signed so that it keeps pointing along its basis vector: successive
     vectors of an iteration then do not cancel when they are averaged.
     """
-    _, vectors = jnp.linalg.eigh(inner(images, images))
+    _, vectors = eigh(inner(images, images))
     rows = jnp.conj(vectors[:, ::-1]).T
     return rows * jnp.conj(phase_of(jnp.diagonal(rows)))[:, None]
 

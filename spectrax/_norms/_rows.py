@@ -14,6 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
 from .._custom_types import DType, Rows
+from .._linalg import inverse_cholesky
 
 
 _Tree = TypeVar("_Tree")
@@ -76,12 +77,9 @@ def orthonormalize(rows: Rows) -> Rows:
     size = rows.shape[0]
     ridge = 10 * size * float(jnp.finfo(rows.dtype).eps)
     gram = inner(rows, rows) + ridge * jnp.eye(size, dtype=rows.dtype)
-    factor = jnp.linalg.cholesky(gram)
     # The small factor is inverted, as a triangular solve against long rows starts the
     # threads of LAPACK, which on a busy machine costs a hundred times the product.
-    inverse = lax.linalg.triangular_solve(
-        factor, jnp.eye(size, dtype=rows.dtype), left_side=True, lower=True
-    )
+    inverse = inverse_cholesky(gram)
     # `inverse @ rows` has the Gram matrix `I - ridge * slack`; half of that
     # added makes them orthonormal again, where they are not nearly dependent.
     slack = inner(inverse, inverse)

@@ -48,8 +48,20 @@ class LatticeConvolution(eqx.Module):
     ) -> Complex[Array, "groups points out in"]:
         """The matrix `F(w)` of every group at each of the given frequencies."""
         phases = unit_complex(frequency @ self.tap_positions().T)
-        taps = self.kernel.reshape(*self.kernel.shape[:3], -1).astype(phases.dtype)
-        return jnp.einsum("goit,pt->gpoi", taps, phases, precision="highest")
+        groups, out, in_ = self.kernel.shape[:3]
+        matrices = _product(phases, self.kernel.reshape(groups, out * in_, -1).mT)
+        return matrices.reshape(groups, -1, out, in_)
+
+    def amplitudes(
+        self, u: Complex[Array, "points out"], v: Complex[Array, "points in"]
+    ) -> Complex[Array, "points taps"]:
+        """`u^H K_t v` for every tap `t` of a convolution with one group: what it has to
+        be multiplied with `exp(i w.t)` to give `u^H F(w) v`.
+        """
+        _, out, in_ = self.kernel.shape[:3]
+        partial = _product(jnp.conj(u), self.kernel[0].reshape(out, -1))
+        partial = partial.reshape(u.shape[0], in_, -1)
+        return jnp.einsum("pit,pi->pt", partial, v, precision="highest")
 
     def tap_positions(self) -> Float[Array, "taps dim"]:
         """The lattice points on which the kernel lives, one per row."""
@@ -61,6 +73,18 @@ class LatticeConvolution(eqx.Module):
     def dim(self) -> int:
         """The number of spatial dimensions."""
         return self.kernel.ndim - 3
+
+
+def _product(
+    numbers: Complex[Array, "points a"], taps: Inexact[Array, "*groups a b"]
+) -> Complex[Array, "*groups points b"]:
+    """`numbers @ taps`. Real taps, a whole kernel, are not widened to complex ones."""
+    if jnp.iscomplexobj(taps):
+        return jnp.matmul(numbers, taps.astype(numbers.dtype), precision="highest")
+    taps = taps.astype(real_dtype(numbers.dtype))
+    both = jnp.concatenate([jnp.real(numbers), jnp.imag(numbers)])
+    real, imaginary = jnp.split(jnp.matmul(both, taps, precision="highest"), 2, axis=-2)
+    return lax.complex(real, imaginary)
 
 
 def lattice_convolution(

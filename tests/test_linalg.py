@@ -1,0 +1,56 @@
+"""Small decompositions under `vmap`."""
+
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import spectrax
+from spectrax._linalg import cholesky, eigh, inverse_cholesky
+
+
+def _matrices(getkey: Any, dtype: Any) -> jax.Array:
+    factors = np.asarray(jr.normal(getkey(), (2, 3, 5, 5), dtype))
+    return jnp.asarray(factors @ factors.mT.conj() + 0.1 * np.eye(5))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_stacks(dtype, getkey):
+    matrices = _matrices(getkey, dtype)
+    twice = lambda function: jax.vmap(jax.vmap(function))(matrices)  # noqa: E731
+    factors = np.linalg.cholesky(matrices)
+    np.testing.assert_allclose(twice(cholesky), factors, atol=1e-12)
+    inverses = np.linalg.inv(factors)
+    np.testing.assert_allclose(twice(inverse_cholesky), inverses, atol=1e-11)
+    values, vectors = twice(eigh)
+    values, vectors = np.asarray(values), np.asarray(vectors)
+    rebuilt = (vectors * values[..., None, :]) @ vectors.mT.conj()
+    np.testing.assert_allclose(rebuilt, matrices, atol=1e-11)
+    assert np.all(np.diff(values, axis=-1) >= 0)
+
+
+def test_no_batched_calls_that_could_wait_for_each_other(getkey):
+    """On the CPU two batched LAPACK calls at a time can wait for each other's threads
+    for ever: those of two convolutions, or of two stacks of layers.
+    """
+    if jax.default_backend() != "cpu":
+        pytest.skip("batched calls are right for other devices")
+    conv = eqx.nn.Conv1d(4, 4, 3, key=getkey())
+    stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(
+        jr.split(getkey(), 3)
+    )
+    model, state = eqx.nn.make_with_state(spectrax.wrap)((conv, stack))
+    step = eqx.filter_jit(lambda model, state: spectrax.advance(model, state))
+    text = step.lower(model, state).compile().compiled.as_text()
+    calls = [line for line in text.splitlines() if "lapack" in line]
+    assert calls
+    for line in calls:
+        shapes = re.findall(r"\b[fc]\d+\[([\d,]*)\]", line.split("custom-call(")[0])
+        for shape in shapes:
+            sizes = [int(size) for size in shape.split(",")]
+            assert len(sizes) <= 2 or set(sizes[:-2]) == {1}, line
