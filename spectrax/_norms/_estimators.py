@@ -69,7 +69,8 @@ class PowerIteration(AbstractEstimator[Any]):
 
     **Cost:** two products of the weight with some vectors per step: `block_size` with
     its adjoint and three times as many with the weight itself (one and one if
-    `block_size=1`).
+    `block_size=1`). For a convolution at every input size the same at up to ten
+    frequencies, with the kernel's `[out, in]` symbol there.
 
     **Raises:** `ValueError` if `num_steps < 0`, `block_size < 1` or `init_steps < 0`.
     """
