@@ -33,7 +33,9 @@ class Loop:
         begin = time.perf_counter()
         self._compiled = on_arrays.lower(self._arrays).compile()
         self.compile_seconds = time.perf_counter() - begin
-        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        memory = self._compiled.memory_analysis()
+        assert memory is not None
+        self.temporary_bytes = memory.temp_size_in_bytes
 
     def __call__(self) -> None:
         arrays = self._arrays

@@ -100,9 +100,9 @@ def main() -> None:
         block = _cost(_BLOCK, layout, args.devices)
         quarter = _cost([(m // 4, n // 4) for m, n in _BLOCK], layout, args.devices)
         tables = _cost(_TABLES, layout, args.devices)
-        sent = _BLOCKS * block["bytes sent per device"] + tables["bytes sent per device"]
-        operations = (
-            _BLOCKS * block["operations per device"] + tables["operations per device"]
+        sent, operations = (
+            _BLOCKS * block[key] + tables[key]
+            for key in ("bytes sent per device", "operations per device")
         )
         results[layout] = {
             "block": block,
@@ -113,7 +113,8 @@ def main() -> None:
         parameters = _BLOCKS * sum(m * n for m, n in _BLOCK)
         parameters += sum(m * n for m, n in _TABLES)
         ratio = block["bytes sent per device"] / quarter["bytes sent per device"]
-        print(f"{layout}: {parameters / 1e9:.2f}e9 parameters on {args.devices} devices")
+        billions = parameters / 1e9
+        print(f"{layout}: {billions:.2f}e9 parameters on {args.devices} devices")
         print(f"  one block: {block['collectives']}")
         print(f"  largest message: {block['largest message']} numbers")
         print(f"  sent per device and step: {sent / 1e6:.1f} MB in all")

@@ -56,3 +56,12 @@ def eigh(
     """
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     return values, vectors
+
+
+@_one_at_a_time_on_cpu
+def svd(
+    matrix: Inexact[Array, "m n"],
+) -> tuple[Inexact[Array, "m r"], Float[Array, " r"], Inexact[Array, "r n"]]:
+    """The thin decomposition `u, sigma, v^H`, with `sigma` decreasing."""
+    u, sigma, vh = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, sigma, vh

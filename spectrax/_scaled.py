@@ -32,7 +32,7 @@ class ScaledLayer:
         self._scale = scale
 
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self._layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
@@ -62,7 +62,7 @@ class ScaledLayer:
 
     def tree_flatten_with_keys(
         self,
-    ) -> tuple[tuple[tuple[Any, Any], ...], jtu.PyTreeDef]:
+    ) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """The arrays of the layer with the scaled weight, by name."""
         plain = self._plain()
         # One level only, so that the structure is the same whatever stands below.
@@ -72,9 +72,7 @@ class ScaledLayer:
         return tuple((path[0], child) for path, child in children), structure
 
     @classmethod
-    def tree_unflatten(
-        cls, structure: jtu.PyTreeDef, children: tuple[Any, ...]
-    ) -> "ScaledLayer":
+    def tree_unflatten(cls, structure: Any, children: tuple[Any, ...]) -> "ScaledLayer":
         """The layer with whatever stands for its arrays, and nothing left to scale."""
         return cls(jtu.tree_unflatten(structure, children), None)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import spectrax
-from spectrax._linalg import cholesky, eigh, inverse_cholesky
+from spectrax._linalg import cholesky, eigh, inverse_cholesky, svd
 
 
 def _matrices(getkey: Any, dtype: Any) -> jax.Array:
@@ -32,6 +32,10 @@ def test_stacks(dtype, getkey):
     rebuilt = (vectors * values[..., None, :]) @ vectors.mT.conj()
     np.testing.assert_allclose(rebuilt, matrices, atol=1e-11)
     assert np.all(np.diff(values, axis=-1) >= 0)
+    wide = np.asarray(matrices)[..., :3, :]
+    u, sigma, vh = map(np.asarray, jax.vmap(jax.vmap(svd))(jnp.asarray(wide)))
+    np.testing.assert_allclose((u * sigma[..., None, :]) @ vh, wide, atol=1e-11)
+    np.testing.assert_allclose(sigma, np.linalg.svd(wide)[1], atol=1e-11)
 
 
 def test_no_batched_calls_that_could_wait_for_each_other(getkey):

@@ -18,6 +18,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Inexact, Int, PRNGKeyArray
 
 from .._custom_types import DType, LinearOperator, Rows
+from .._linalg import svd
 from .._operators import accumulation_dtype, adjoint_rows, apply_rows
 from ._rows import inner, matmul, normalize_rows, random_rows
 
@@ -187,7 +188,7 @@ def _ritz(
     # A basis as large as the space is invariant, whatever rounding says.
     size = bases.left.shape[0]
     complete = size == bases.right.shape[1]
-    x, values, yh = jnp.linalg.svd(bases.projection)
+    x, values, yh = svd(bases.projection)
     left = matmul(x.T, bases.left)
     right = matmul(jnp.conj(yh), bases.right)
     residual = jnp.abs(x[size - 1, 0]) * bases.next_norm

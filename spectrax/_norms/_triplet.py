@@ -6,6 +6,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray, PyTree
 
 from .._custom_types import LinearOperator
+from .._linalg import svd
 from .._operators import accumulation_dtype, adjoint_rows, apply_rows
 from ._golub_kahan import leading_triplets
 from ._implicit import solve_on_complement
@@ -36,7 +37,7 @@ class TripletFinder(eqx.Module):
         operator = stop_gradient(operator)
         if self.dense:
             matrix = operator.as_matrix().astype(accumulation_dtype(operator))
-            u, sigma, vh = jnp.linalg.svd(matrix, full_matrices=False)
+            u, sigma, vh = svd(matrix)
             found = Triplet(sigma[0], u[:, 0], jnp.conj(vh[0]))
         else:
             cycles = max(1, self.max_steps // _BASIS_SIZE)
