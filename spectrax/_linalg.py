@@ -28,13 +28,14 @@ def _one_at_a_time_on_cpu(function: Callable[[Array], Any]) -> Callable[[Array],
         )
         return result, jax.tree.map(lambda _: True, result)
 
-    return call
+    # Without derivatives, which `custom_vmap` could not transpose.
+    return lambda matrix: call(lax.stop_gradient(matrix))
 
 
 @_one_at_a_time_on_cpu
 def cholesky(matrix: Inexact[Array, "n n"]) -> Inexact[Array, "n n"]:
     """The lower factor; NaN if `matrix`, of which the lower triangle is read, is not
-    positive definite. Without derivatives, as all of these.
+    positive definite. Its derivative counts as zero, as that of all of these.
     """
     return lax.linalg.cholesky(matrix, symmetrize_input=False)
 

@@ -21,7 +21,8 @@ class Wrapped(eqx.nn.StatefulLayer):
     """A module some of whose weights are constrained: what [`spectrax.wrap`][] returns.
 
     A pytree with the raw weights as its trainable leaves. The vectors of power
-    iteration and fixed bounds are in the `equinox.nn.State`.
+    iteration and fixed bounds are in the `equinox.nn.State`. Made by `wrap`, from the
+    constrained weights (`sites`) with their `constraints` and first `states`.
 
     - `module`: the module as it was given, with raw weights.
     - `constraints`: of each constrained weight the constraint if it is trained, as a
@@ -43,9 +44,7 @@ class Wrapped(eqx.nn.StatefulLayer):
         constraints: Sequence[AbstractConstraint | None] = (),
         states: Sequence[SiteState] = (),
     ):
-        """Used by `wrap`, which makes `sites` and their `constraints` and `states`.
-        Without them nothing is constrained.
-        """
+        """Used by `wrap`; without `sites` nothing is constrained."""
         self.module = module
         self.constraints = tuple(constraints)
         self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None

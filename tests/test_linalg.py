@@ -58,3 +58,11 @@ def test_no_batched_calls_that_could_wait_for_each_other(getkey):
         for shape in shapes:
             sizes = [int(size) for size in shape.split(",")]
             assert len(sizes) <= 2 or set(sizes[:-2]) == {1}, line
+
+
+def test_derivatives_count_as_zero(getkey):
+    (matrix, *_), *_ = _matrices(getkey, np.float64)
+    for function in (cholesky, inverse_cholesky, lambda m: eigh(m)[1], svd):
+        total = lambda m, f=function: sum(x.sum() for x in jax.tree.leaves(f(m)))  # noqa: E731
+        assert jnp.all(jax.grad(total)(matrix) == 0)
+        assert jnp.all(jax.hessian(total)(matrix) == 0)
