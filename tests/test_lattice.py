@@ -491,3 +491,32 @@ def test_aliased_symbols_agree_with_a_fine_circle(getkey):
         conv.weight, grid(6, 1), stride=(2,), dilation=(1,), groups=1, transpose=False
     )
     np.testing.assert_allclose(values.max(), norm_at(conv, (12,)), rtol=1e-12)
+
+
+def test_every_candidate_has_its_turn(getkey):
+    operator = spectrax.layer_operator(eqx.nn.Conv2d(2, 3, 3, key=getkey()))
+    state = spectrax.init_power_state(operator, num_steps=0)
+    cells = state.value.size
+    assert cells > 10
+    for step in range(1, -(-cells // 4) + 1):
+        state = spectrax.power_iterate(operator, state)
+        moved = int(jnp.sum(state.value > 0))
+        assert 4 * (step - 1) < moved
+        assert state.value[0, state.leader[0]] == jnp.max(state.value)
+    assert moved == cells
+
+
+def test_nothing_is_kept_of_a_broken_kernel(getkey):
+    conv = eqx.nn.Conv2d(2, 3, 3, key=getkey())
+    operator = spectrax.layer_operator(conv)
+    state = spectrax.init_power_state(operator)
+    weight = conv.weight.at[0, 0, 0, 0].set(jnp.nan)
+    broken = eqx.tree_at(lambda conv: conv.weight, conv, weight)
+    kept = spectrax.power_iterate(spectrax.layer_operator(broken), state)
+    assert jnp.array_equal(kept.value, state.value)
+    assert jnp.array_equal(kept.u, state.u)
+    restored = spectrax.power_iterate(operator, kept)
+    got = float(spectrax.singular_value(operator, restored))
+    assert got == pytest.approx(
+        float(spectrax.singular_value(operator, state)), rel=1e-6
+    )

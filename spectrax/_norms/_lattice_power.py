@@ -128,12 +128,16 @@ def _step(
     ) -> tuple[RowState, Array, Array, Array]:
         group = LatticeConvolution(kernel[None], 1.0)
         old = jtu.tree_map(lambda x: x[chosen], rows)
-        new = _move(group, offsets, centres[chosen], frequency[chosen], old)
-        best = chosen[jnp.argmax(new[2])].astype(jnp.int32)
+        moved, places, values = _move(
+            group, offsets, centres[chosen], frequency[chosen], old
+        )
+        # As with the vectors: what a weight that is not finite gives is not kept.
+        values = jnp.where(jnp.isfinite(values), values, value[chosen])
+        best = chosen[jnp.argmax(values)].astype(jnp.int32)
         rows, frequency, value = jtu.tree_map(
             lambda whole, part: whole.at[chosen].set(part),
             (rows, frequency, value),
-            new,
+            (moved, places, values),
         )
         return rows, frequency, value, best
 
