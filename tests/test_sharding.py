@@ -78,7 +78,6 @@ def test_two_processes(results):
     processes = [_start("process", address, "2", str(i)) for i in range(2)]
     first, second = [_result(process) for process in processes]
     assert first == second
-    for layout in ("fsdp", "tensor"):
-        expected = results["one device"]
-        assert first[layout]["losses"] == pytest.approx(expected["losses"], rel=1e-6)
-        assert first[layout]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    expected = results["one device"]
+    assert first["fsdp"]["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert first["fsdp"]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
