@@ -18,6 +18,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from rotation import medians
 from scipy.sparse.linalg import eigsh, LinearOperator
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
@@ -294,15 +295,5 @@ def time_together(
     LAPACK, and so every `eigvalsh` on the CPU, is held to one thread by default: on a
     busy machine its threads wait for each other: `singla_feizi` was 150 times slower.
     """
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
     with threadpool_limits(lapack_threads):
-        for function in functions.values():
-            jax.block_until_ready(function())
-        for i in range(rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
-                start = time.perf_counter()
-                jax.block_until_ready(functions[name]())
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
+        return medians(functions, rounds)

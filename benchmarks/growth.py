@@ -6,24 +6,12 @@ plain one of the same depth (Adam, batch 64), the plain one twice.
 
 import argparse
 import json
-from typing import Any
 
 import equinox as eqx
-import jax
 import jax.random as jr
-from jaxtyping import Array
-from rotation import Loop, rotate, train_step
+from rotation import plain_forward, rotate, train_loop, wrapped_forward
 
 import spectrax
-
-
-def _plain(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
-    return jax.vmap(model)(x), state
-
-
-def _wrapped(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
-    state = spectrax.advance(model, state)
-    return jax.vmap(spectrax.unwrap(model, state))(x), state
 
 
 def main() -> None:
@@ -39,13 +27,12 @@ def main() -> None:
     print(f"{'depth':>6}{'plain ms':>10}{'again':>8}{'spectrax':>10}{'compile':>9}")
     for depth in args.depths:
         net = eqx.nn.MLP(args.width, args.width, args.width, depth - 1, key=jr.key(1))
-        loops = {}
-        for name in ("plain", "again", "spectrax"):
-            step, start = train_step(_wrapped if name == "spectrax" else _plain, x, y)
-            model, state = net, None
-            if name == "spectrax":
-                model, state = eqx.nn.make_with_state(spectrax.wrap)(net)
-            loops[name] = Loop(step, start(model, state), 10)
+        model, state = eqx.nn.make_with_state(spectrax.wrap)(net)
+        loops = {
+            "plain": train_loop(plain_forward, net, None, (x, y), 10),
+            "again": train_loop(plain_forward, net, None, (x, y), 10),
+            "spectrax": train_loop(wrapped_forward, model, state, (x, y), 10),
+        }
         times = rotate(loops, args.rounds)
         row = {
             "depth": depth,

@@ -12,7 +12,7 @@ passes, beside a plain step with two. `forward` is inference through `unwrap`.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree
-from rotation import Loop, rotate, train_step
+from rotation import Loop, plain_forward, rotate, train_loop, wrapped_forward
 
 import spectrax
 
@@ -87,17 +87,8 @@ def _peer(net: _Chain) -> _Chain:
     return _Chain(layers, net.convolutional)
 
 
-def _plain_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
-    return jax.vmap(model)(x), state
-
-
 def _peer_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
     return jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(x, state)
-
-
-def _wrapped_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
-    state = spectrax.advance(model, state)
-    return jax.vmap(spectrax.unwrap(model, state))(x), state
 
 
 def _plain_twice(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
@@ -119,8 +110,8 @@ def _steps(
 ) -> dict[str, Loop]:
     loops = {}
     for name, (make, forward) in contestants.items():
-        step, start = train_step(forward, x, y)
-        loops[name] = Loop(step, start(*make(net)), steps)
+        model, state = make(net)
+        loops[name] = train_loop(forward, model, state, (x, y), steps)
     return loops
 
 
@@ -169,10 +160,10 @@ def _contestants(*, peer: bool) -> dict[str, tuple[_Make, _Forward]]:
     one = spectrax.PowerIteration(block_size=1)
     none: _Make = lambda net: (net, None)  # noqa: E731
     found: dict[str, tuple[_Make, _Forward]] = {
-        "plain": (none, _plain_forward),
-        "plain again": (none, _plain_forward),
-        "spectrax": (_wrap(), _wrapped_forward),
-        "spectrax, one vector": (_wrap(estimator=one), _wrapped_forward),
+        "plain": (none, plain_forward),
+        "plain again": (none, plain_forward),
+        "spectrax": (_wrap(), wrapped_forward),
+        "spectrax, one vector": (_wrap(estimator=one), wrapped_forward),
     }
     if peer:
         make: _Make = lambda net: eqx.nn.make_with_state(_peer)(net)  # noqa: E731
@@ -180,13 +171,13 @@ def _contestants(*, peer: bool) -> dict[str, tuple[_Make, _Forward]]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Prints a table, and writes it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", nargs="+", help="titles of the rows to run")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     print(f"{'':48}{'ms':>10}{'ratio':>8}{'compile':>9}{'more MB':>10}")
     rows: list[dict[str, Any]] = []
 

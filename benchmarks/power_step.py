@@ -9,34 +9,18 @@ same run on as many weights as do not fit the cache together.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
+from rotation import medians
 
 import spectrax
 
 
 _BYTES = 100e6
-
-
-def _microseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Medians over rounds in rotating order."""
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for function in functions.values():
-        jax.block_until_ready(function())
-    for i in range(2 * len(names)):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            times[name].append(1e6 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def _measure(size: int) -> dict[str, Any]:
@@ -58,9 +42,9 @@ def _measure(size: int) -> dict[str, Any]:
         )
         states = [init(w) for w in weights]
         functions[f"block of {block}"] = lambda states=states: step(weights, states)
-    times = _microseconds(functions)
+    times = medians(functions, 2 * len(functions))
     floor = 2 * times["read"] / count
-    row: dict[str, Any] = {"size": size, "floor": floor}
+    row: dict[str, Any] = {"size": size, "floor": 1e3 * floor}
     row |= {n: times[n] / count / floor for n in functions if n != "read"}
     return row
 

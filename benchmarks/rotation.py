@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+import spectrax
+
 
 class Loop:
     """A compiled step with its own buffers, run some steps at a time."""
@@ -24,7 +26,7 @@ class Loop:
         # Buffers are donated: each contestant needs its own.
         start = jax.tree.map(lambda x: x.copy() if eqx.is_array(x) else x, start)
         self._arrays, rest = eqx.partition(start, eqx.is_array)
-        self._steps = steps
+        self.steps = steps
 
         @functools.partial(jax.jit, donate_argnums=0)
         def on_arrays(arrays: PyTree) -> PyTree:
@@ -39,33 +41,52 @@ class Loop:
 
     def __call__(self) -> None:
         arrays = self._arrays
-        for _ in range(self._steps):
+        for _ in range(self.steps):
             arrays = self._compiled(arrays)
         self._arrays = jax.block_until_ready(arrays)
 
 
-def rotate(loops: dict[str, Loop], rounds: int) -> dict[str, float]:
-    """The median milliseconds of a step of each."""
-    names = list(loops)
+def medians(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median milliseconds of a call of each; every round starts with another."""
+    names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for loop in loops.values():
-        loop()
+    for function in functions.values():
+        jax.block_until_ready(function())
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            loops[name]()
-            seconds = time.perf_counter() - start
-            times[name].append(1e3 * seconds / loops[name]._steps)  # noqa: SLF001
+            jax.block_until_ready(functions[name]())
+            times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def train_step(
-    forward: Callable[[Any, Any, Array], tuple[Array, Any]], x: Array, y: Array
-) -> tuple[Callable[[PyTree], PyTree], Callable[[Any, Any], PyTree]]:
-    """A step of Adam on the squared error, and what it starts from, given a model and
-    its state.
-    """
+def rotate(loops: dict[str, Loop], rounds: int) -> dict[str, float]:
+    """The median milliseconds of a step of each."""
+    times = medians({name: loop.__call__ for name, loop in loops.items()}, rounds)
+    return {name: times[name] / loop.steps for name, loop in loops.items()}
+
+
+def plain_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
+    """A batch through a model without a state."""
+    return jax.vmap(model)(x), state
+
+
+def wrapped_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
+    """A batch through a wrapped model, advanced once."""
+    state = spectrax.advance(model, state)
+    return jax.vmap(spectrax.unwrap(model, state))(x), state
+
+
+def train_loop(
+    forward: Callable[[Any, Any, Array], tuple[Array, Any]],
+    model: Any,
+    state: Any,
+    batch: tuple[Array, Array],
+    steps: int,
+) -> Loop:
+    """Steps of Adam on the squared error over one batch of inputs and targets."""
+    x, y = batch
     optimizer = optax.adam(1e-3)
 
     def loss(model: Any, state: Any) -> tuple[Array, Any]:
@@ -78,7 +99,5 @@ def train_step(
         updates, opt_state = optimizer.update(gradient, opt_state)
         return eqx.apply_updates(model, updates), state, opt_state
 
-    def start(model: Any, state: Any) -> PyTree:
-        return model, state, optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-
-    return step, start
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    return Loop(step, (model, state, opt_state), steps)

@@ -366,21 +366,28 @@ def _constrained(
     certified: bool,  # noqa: FBT001
 ) -> PyTree:
     paths, values = [], []
-    for site, site_state, constraint in sites_of(wrapped, state):
-        path = site.path
+    for site, own, constraint in sites_of(wrapped, state):
         if certified:
-            value = certified_site_weight(wrapped.module, site, site_state, constraint)
+            path = site.path
+            value = certified_site_weight(wrapped.module, site, own, constraint)
         else:
-            weight = follow(wrapped.module, path)
-            scale = constraint.scale(site_norm(wrapped.module, site, site_state))
-            layer = follow(wrapped.module, path[:-1]) if path else None
-            if scales_output(layer, weight, scale):
-                path, value = path[:-1], ScaledLayer(layer, scale)
-            else:
-                value = apply_scale(weight, scale)
+            path, value = _replacement(wrapped.module, site, own, constraint)
         paths.append(path)
         values.append(value)
     return replace(wrapped.module, paths, values)
+
+
+def _replacement(
+    module: PyTree, site: Site, state: SiteState, constraint: AbstractConstraint
+) -> tuple[Path, Any]:
+    """What a site's constraint puts in, and where: a weight, or a layer with it."""
+    weight = follow(module, site.path)
+    scale = constraint.scale(site_norm(module, site, state))
+    owner = site.path[:-1]
+    layer = follow(module, owner)
+    if scales_output(layer, weight, scale):
+        return owner, ScaledLayer(layer, scale)
+    return site.path, apply_scale(weight, scale)
 
 
 def _for_each(

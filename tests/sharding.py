@@ -126,7 +126,7 @@ def run(
 
     result: dict[str, Any] = {"losses": []}
     programs = {
-        "advance": (lambda m, s: spectrax.advance(m, s), (model, state)),
+        "advance": (spectrax.advance, (model, state)),
         "step": (train, (model, state, opt_state, x, y)),
         "plain step": (train_plain, (model, opt_state, x, y)),
     }
