@@ -27,10 +27,10 @@ from sklearn.datasets import load_digits
 import spectrax
 
 
-_SIZES = (64, 512, 512, 512, 10)
+SIZES = (64, 512, 512, 512, 10)
 _Weights = list[Array]
 # From model and state to the output, the new state, and the weights that were used.
-_Forward = Callable[[Any, Any, Array], tuple[Array, Any, _Weights]]
+Forward = Callable[[Any, Any, Array], tuple[Array, Any, _Weights]]
 
 
 class _PeerMLP(eqx.Module):
@@ -46,7 +46,8 @@ class _PeerMLP(eqx.Module):
         ]
 
 
-def _spectrax(mlp: eqx.nn.MLP, estimator: Any) -> tuple[Any, Any, _Forward]:
+def wrapped(mlp: eqx.nn.MLP, estimator: Any) -> tuple[Any, Any, Forward]:
+    """The MLP wrapped, its state, and how to call it."""
     model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp, estimator=estimator)
 
     def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any, _Weights]:
@@ -57,7 +58,8 @@ def _spectrax(mlp: eqx.nn.MLP, estimator: Any) -> tuple[Any, Any, _Forward]:
     return model, state, forward
 
 
-def _equinox(mlp: eqx.nn.MLP, num_steps: int) -> tuple[Any, Any, _Forward]:
+def peer(mlp: eqx.nn.MLP, num_steps: int) -> tuple[Any, Any, Forward]:
+    """The same for `equinox.nn.SpectralNorm`."""
     model, state = eqx.nn.make_with_state(_PeerMLP)(mlp, num_steps)
 
     def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any, _Weights]:
@@ -74,7 +76,7 @@ def _equinox(mlp: eqx.nn.MLP, num_steps: int) -> tuple[Any, Any, _Forward]:
     return model, state, forward
 
 
-def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, _Forward]]]:
+def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]]:
     blocks: dict[str, spectrax.PowerIteration] = {
         "spectrax, default": spectrax.PowerIteration(),
         "spectrax, block of 4": spectrax.PowerIteration(block_size=4),
@@ -82,24 +84,25 @@ def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, _Forward]
         "spectrax, one vector": spectrax.PowerIteration(block_size=1),
         "spectrax, one vector, 10 steps": spectrax.PowerIteration(10, 1),
     }
-    made: dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, _Forward]]] = {
-        name: lambda mlp, estimator=estimator: _spectrax(mlp, estimator)
+    made: dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]] = {
+        name: lambda mlp, estimator=estimator: wrapped(mlp, estimator)
         for name, estimator in blocks.items()
     }
     for num_steps in (1, 10):
         name = f"equinox.nn.SpectralNorm, {num_steps} step" + "s" * (num_steps > 1)
-        made[name] = lambda mlp, num_steps=num_steps: _equinox(mlp, num_steps)
+        made[name] = lambda mlp, num_steps=num_steps: peer(mlp, num_steps)
     return made
 
 
-def _excesses(
-    make: Callable[[eqx.nn.MLP], tuple[Any, Any, _Forward]],
+def excesses(
+    make: Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]],
     learning_rate: float,
     seed: int,
     steps: int,
     data: tuple[Float[Array, "n 64"], Int[Array, " n"]],
 ) -> Float[np.ndarray, "times layers"]:
-    mlp = eqx.nn.MLP(64, 10, _SIZES[1], len(_SIZES) - 2, key=jr.key(seed))
+    """Of the true norms over the bound, while one network trains."""
+    mlp = eqx.nn.MLP(64, 10, SIZES[1], len(SIZES) - 2, key=jr.key(seed))
     model, state, forward = make(mlp)
     optimizer = optax.adam(learning_rate)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
@@ -147,7 +150,7 @@ def main() -> None:
             start = time.perf_counter()
             excess = np.concatenate(
                 [
-                    _excesses(make, learning_rate, seed, args.steps, data)
+                    excesses(make, learning_rate, seed, args.steps, data)
                     for seed in range(args.seeds)
                 ]
             )
