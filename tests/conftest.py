@@ -36,9 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _clear_caches() -> Iterator[None]:
-    """Frees what a module compiled: each program holds maps of memory, of which a
-    process may have only so many, and the compiler aborts when they run out."""
+def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most modules are compiled without most of XLA's optimizations, which saves a
+    quarter of the suite's time. Those that test rounding, the compiled program or what
+    users see say `OPTIMIZED = True`.
+
+    At the end, frees what a module compiled: each program holds maps of memory, of
+    which a process may have only so many, and the compiler aborts when they run out.
+    """
+    optimized = getattr(request.module, "OPTIMIZED", False)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.clear_caches()
 

@@ -16,6 +16,7 @@ from .convolutions import norm_at
 from .helpers import clone, linear_weights, make_matrix, Net, perturbed, true_norm
 
 
+OPTIMIZED = True  # see conftest.py
 wrap = eqx.nn.make_with_state(spectrax.wrap)
 
 

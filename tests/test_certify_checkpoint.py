@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 
+OPTIMIZED = True  # see conftest.py
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -19,6 +19,7 @@ import spectrax
 from .helpers import linear_norms, Net, perturbed
 
 
+OPTIMIZED = True  # see conftest.py
 wrap = eqx.nn.make_with_state(spectrax.wrap)
 
 

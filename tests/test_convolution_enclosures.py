@@ -29,6 +29,7 @@ from .convolutions import Case, case, dense, norm_at, supremum_of, symbol_norms
 from .helpers import examples, true_norm
 
 
+OPTIMIZED = True  # see conftest.py
 # What the singular value decomposition of the truth may be off by.
 SLACK = 1e-12
 MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}

@@ -34,6 +34,7 @@ from .convolutions import supremum, symbol_norms
 from .helpers import examples, make_matrix
 
 
+OPTIMIZED = True  # see conftest.py
 DTYPES = [np.float32, np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
 PI = 4 * np.arctan(np.longdouble(1))

@@ -20,6 +20,7 @@ import spectrax
 from .helpers import examples, is_thorough, KINDS, make_matrix, true_norm, unchecked
 
 
+OPTIMIZED = True  # see conftest.py
 # Matrices that go through one compiled program at once. Each is a case.
 BATCH = 32
 # What the singular value decomposition of the truth may be off by.

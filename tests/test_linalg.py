@@ -14,6 +14,9 @@ import spectrax
 from spectrax._linalg import cholesky, eigh, inverse_cholesky, svd
 
 
+OPTIMIZED = True  # see conftest.py
+
+
 def _matrices(getkey: Any, dtype: Any) -> jax.Array:
     factors = np.asarray(jr.normal(getkey(), (2, 3, 5, 5), dtype))
     return jnp.asarray(factors @ factors.mT.conj() + 0.1 * np.eye(5))

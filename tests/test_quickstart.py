@@ -13,6 +13,7 @@ import pytest
 from spectrax import SummaryRow
 
 
+OPTIMIZED = True  # see conftest.py
 EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 

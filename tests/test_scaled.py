@@ -15,6 +15,9 @@ import spectrax
 from spectrax._scaled import ScaledLayer
 
 
+OPTIMIZED = True  # see conftest.py
+
+
 def wrap(module: Any) -> tuple[Any, eqx.nn.State]:
     return eqx.nn.make_with_state(spectrax.wrap)(module)
 

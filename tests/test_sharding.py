@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 
+OPTIMIZED = True  # see conftest.py
 _PROGRAM = pathlib.Path(__file__).with_name("sharding.py")
 _DENSE, _CONVOLUTION = 2 * 64 * 64, 3 * 16 * 16
 
