@@ -61,11 +61,11 @@ def AdaptiveSpectralNorm(
         import spectrax
 
         key = jax.random.key(0)
-        mlp = eqx.nn.MLP(2, 1, width_size=16, depth=2, key=key)
+        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
         model, state = eqx.nn.make_with_state(spectrax.nn.AdaptiveSpectralNorm)(
             mlp, initial_bound=2.0, learnable_bound=True, maximum=5.0
         )
-        y, state = model(jax.numpy.ones(2), state)
+        y, state = model(jax.numpy.ones(64), state)
         print([constraint.target() for constraint in model.constraints])  # 2 each
         ```
     """

@@ -137,7 +137,7 @@ def SpectralMultiheadAttention(
         import spectrax
 
         make = eqx.nn.make_with_state(spectrax.nn.SpectralMultiheadAttention)
-        layer, state = make(4, 16, per_head=True, key=jax.random.key(0))
+        layer, state = make(4, 16, key=jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (10, 16))
         causal = jnp.tril(jnp.ones((10, 10), bool))
         y, state = layer(x, x, x, causal, state)

@@ -57,11 +57,9 @@ def SpectralLinear(
         import jax
         import spectrax
 
-        key = jax.random.key(0)
-        layer, state = eqx.nn.make_with_state(spectrax.nn.SpectralLinear)(
-            10, 5, key=key
-        )
-        y, state = layer(jax.numpy.ones(10), state)
+        make = eqx.nn.make_with_state(spectrax.nn.SpectralLinear)
+        layer, state = make(64, 128, key=jax.random.key(0))
+        y, state = layer(jax.numpy.ones(64), state)
         ```
     """
     layer = eqx.nn.Linear(in_features, out_features, use_bias, dtype, key=key)
@@ -130,8 +128,8 @@ def SpectralConv1d(
         import spectrax
 
         make = eqx.nn.make_with_state(spectrax.nn.SpectralConv1d)
-        layer, state = make(2, 4, 3, padding=1, key=jax.random.key(0))
-        y, state = layer(jax.numpy.ones((2, 4)), state)
+        layer, state = make(2, 4, 4, stride=2, padding=1, key=jax.random.key(0))
+        y, state = layer(jax.numpy.ones((2, 8)), state)
         ```
     """
     layer = eqx.nn.Conv1d(
@@ -298,7 +296,7 @@ def SpectralConv3d(
         import spectrax
 
         make = eqx.nn.make_with_state(spectrax.nn.SpectralConv3d)
-        layer, state = make(2, 4, 3, padding=1, key=jax.random.key(0))
+        layer, state = make(2, 4, 2, stride=2, key=jax.random.key(0))
         y, state = layer(jax.numpy.ones((2, 4, 4, 4)), state)
         ```
     """

@@ -75,7 +75,7 @@ def SpectralConvTranspose1d(
         import spectrax
 
         make = eqx.nn.make_with_state(spectrax.nn.SpectralConvTranspose1d)
-        layer, state = make(4, 2, 4, stride=2, key=jax.random.key(0))
+        layer, state = make(4, 2, 4, stride=2, padding=1, key=jax.random.key(0))
         y, state = layer(jax.numpy.ones((4, 4)), state)
         ```
     """
@@ -162,7 +162,7 @@ def SpectralConvTranspose2d(
         import spectrax
 
         make = eqx.nn.make_with_state(spectrax.nn.SpectralConvTranspose2d)
-        layer, state = make(4, 2, 2, stride=2, key=jax.random.key(0))
+        layer, state = make(4, 2, 3, padding=1, key=jax.random.key(0))
         y, state = layer(jax.numpy.ones((4, 4, 4)), state)
         ```
     """
