@@ -7,9 +7,14 @@ from ._activations import (
     scaled_gelu as scaled_gelu,
 )
 from ._centering import BatchCentering as BatchCentering
+from ._l2_attention import L2MultiheadAttention as L2MultiheadAttention
 from ._lipschitz import (
     lipschitz_constant as lipschitz_constant,
     register_lipschitz_constant as register_lipschitz_constant,
+)
+from ._neural_operator import (
+    create_spectral_neural_operator as create_spectral_neural_operator,
+    SpectralNeuralOperator as SpectralNeuralOperator,
 )
 from ._pooling import ScaledPool as ScaledPool
 from ._residual import ResidualAverage as ResidualAverage
