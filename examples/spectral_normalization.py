@@ -589,7 +589,7 @@ def step_6_operators(settings: Settings) -> Figure:
     return figure
 
 
-# %%
+# %% [script]
 STEPS = (
     step_1_layers,
     step_2_attention,
