@@ -66,7 +66,10 @@ def blocks(text: str) -> list[str]:
 
 def texts() -> list[Text]:
     pages = [
-        Text(str(page.relative_to(ROOT)), str(page), page.read_text()) for page in PAGES
+        Text(str(page.relative_to(ROOT)), str(page), page.read_text())
+        for page in PAGES
+        # A notebook has the code of an example, which has a test of its own.
+        if not page.with_suffix(".ipynb").exists()
     ]
     documented = [
         Text(f"spectrax.{name}", f"<docstring of spectrax.{name}>", text)

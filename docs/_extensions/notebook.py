@@ -55,7 +55,8 @@ def run(unrun: dict[str, Any]) -> dict[str, Any]:
     import nbformat
 
     made = nbformat.from_dict(unrun)
-    nbclient.NotebookClient(made, timeout=None, record_timing=False).execute()
+    options = {"timeout": None, "record_timing": False, "coalesce_streams": True}
+    nbclient.NotebookClient(made, **options).execute()
     nbformat.validate(made)
     return json.loads(nbformat.writes(made))
 
