@@ -23,6 +23,12 @@ from .helpers import clone, true_norm, unchecked
 _create = ft.partial(snn.create_spectral_neural_operator, estimator=spectrax.ExactSVD())
 
 
+def _outline(*args, **options):
+    """The model without numbers, and without compiling anything."""
+    create = snn.create_spectral_neural_operator
+    return eqx.filter_eval_shape(ft.partial(create, *args, **options))[0]
+
+
 def _linear_weights(plain) -> list[Array]:
     return [layer.weight for layer in plain.network.module.layers]
 
@@ -42,7 +48,7 @@ def _jacobian_norms(function, x: Array) -> np.ndarray:
 @pytest.fixture(scope="module")
 def small():
     """A model with weights as they might be after training, and its plain form."""
-    model, state = _create(3, 2, (4, 6), 2, initial_bound=1.5, key=jr.key(2))
+    model, state = _create(4, 4, (4, 4), 2, initial_bound=1.5, key=jr.key(2))
     raw, static = eqx.partition(model, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(raw)
     noise = jr.split(jr.key(3), len(leaves))
@@ -55,13 +61,13 @@ def small():
     return model, state, spectrax.unwrap(model, state)
 
 
-@pytest.mark.parametrize("num_points", [1, 2, 7])
+@pytest.mark.parametrize("num_points", [1, 5])
 def test_bound_holds_at_every_number_of_points(small, num_points, getkey):
     model, state, plain = small
     bound = float(plain.lipschitz_bound())
     np.testing.assert_allclose(model.lipschitz_bound(state), bound, rtol=1e-12)
     scales = jnp.geomspace(0.1, 30.0, 16)[:, None, None]
-    x = scales * jr.normal(getkey(), (16, num_points, 3))
+    x = scales * jr.normal(getkey(), (16, num_points, 4))
     norms = _jacobian_norms(plain, x)
     assert np.max(norms) <= bound
     assert np.max(norms) > 1e-2 * bound
@@ -100,7 +106,7 @@ def test_bound_is_the_product_of_its_parts(small):
 
 def test_bound_is_attained(getkey):
     """All weights the identity: one point comes through unchanged."""
-    model, state = _create(2, 2, (2, 2), 1, key=getkey())
+    model, state = _create(4, 4, (4, 4), 1, key=getkey())
 
     def weights(model):
         network = model.network.module
@@ -115,18 +121,18 @@ def test_bound_is_attained(getkey):
         blocks = model.network.module.blocks
         return [block.layer.attention.value_proj.weight for block in blocks]
 
-    model = eqx.tree_at(weights, model, [jnp.eye(2)] * 7)
-    model = eqx.tree_at(values, model, [jnp.eye(2)[None]] * 2)
+    model = eqx.tree_at(weights, model, [jnp.eye(4)] * 7)
+    model = eqx.tree_at(values, model, [jnp.eye(4)[None]] * 2)
     state = spectrax.advance(model, state)
     plain = spectrax.unwrap(model, state)
-    norms = _jacobian_norms(plain, jnp.array([[[3.0, 1.0]]]))
+    norms = _jacobian_norms(plain, jnp.array([[[3.0, 1.0, 2.0, -1.0]]]))
     bound = float(plain.lipschitz_bound())
     np.testing.assert_allclose(norms, 1, rtol=1e-10)
     assert 1 <= bound <= 1 + 1e-3
 
 
 def test_certified_weights_have_a_bound_of_one(getkey):
-    model, state = _create(3, 2, (4,), 2, key=getkey())
+    model, state = _create(4, 4, (4,), 2, use_attention=False, key=getkey())
     plain = spectrax.unwrap(model, state, certified=True)
     assert plain.lipschitz_bound() <= 1
 
@@ -148,17 +154,15 @@ def test_without_attention_points_do_not_see_each_other(getkey):
 
 
 def test_sizes_and_heads(getkey):
-    model, state = _create(3, 2, (6, 12), 3, key=getkey())
-    plain = spectrax.unwrap(model, state)
-    shapes = [weight.shape for weight in _linear_weights(plain)]
+    network = _outline(3, 2, (6, 12), 3, key=getkey()).network.module
+    shapes = [layer.weight.shape for layer in network.layers]
     assert shapes == [(6, 3), (12, 6), (2, 12)]
-    values = [
-        block.layer.attention.value_proj.weight.shape
-        for block in plain.network.module.blocks
-    ]
+    values = [block.layer.attention.value_proj.weight.shape for block in network.blocks]
     assert values == [(3, 2, 6), (3, 4, 12)]
     for num_points in (1, 4):
-        assert plain(jnp.ones((num_points, 3))).shape == (num_points, 2)
+        x = jax.ShapeDtypeStruct((num_points, 3), float)
+        output = eqx.filter_eval_shape(lambda network, x: network(x), network, x)
+        assert output.shape == (num_points, 2)
 
 
 def test_initial_bound_is_that_of_linear_layers(getkey):
@@ -179,41 +183,40 @@ def test_initial_bound_is_that_of_linear_layers(getkey):
 
 def test_activation_is_used_and_counted(getkey):
     key = getkey()
-    bounds, outputs = {}, {}
+    bounds = []
     for activation in (snn.max_min, jax.nn.silu, eqx.nn.PReLU(3.0)):
         model, state = _create(
-            3, 2, (4, 4), 2, activation=activation, use_attention=False, key=key
+            4, 4, (4, 4), 2, activation=activation, use_attention=False, key=key
         )
         plain = spectrax.unwrap(model, state)
-        bounds[activation] = float(plain.lipschitz_bound())
-        outputs[activation] = np.asarray(plain(jnp.ones((1, 3))))
+        bounds.append(float(plain.lipschitz_bound()))
         first, second, last = plain.network.module.layers
-        expected = last(activation(second(activation(first(jnp.ones(3))))))
-        np.testing.assert_allclose(outputs[activation][0], expected, rtol=1e-12)
-    assert list(bounds.values()) == pytest.approx([1, 1.0998393**2, 9], rel=1e-3)
+        expected = last(activation(second(activation(first(jnp.ones(4))))))
+        found = plain(jnp.ones((1, 4)))[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert bounds == pytest.approx([1, 1.0998393**2, 9], rel=1e-3)
 
 
 def test_estimator_is_used(getkey):
-    model, state = snn.create_spectral_neural_operator(
-        3, 2, (4,), 2, use_attention=False, key=getkey()
-    )
+    model = _outline(3, 2, (4,), 2, key=getkey())
     assert {site.estimator for site in model.network.sites} == {
         spectrax.PowerIteration()
     }
-    for weight in _linear_weights(spectrax.unwrap(model, state)):
-        np.testing.assert_allclose(true_norm(weight), 1, rtol=1e-6)
-    model, _ = _create(3, 2, (4,), 2, key=getkey())
+    model = _outline(3, 2, (4,), 2, estimator=spectrax.ExactSVD(), key=getkey())
     assert {site.estimator for site in model.network.sites} == {spectrax.ExactSVD()}
 
 
 def test_keys_make_different_weights(getkey):
     first, second = getkey(), getkey()
+    models = [_create(3, 2, (4,), 2, key=key)[0] for key in (first, first, second)]
     weights = [
-        _create(3, 2, (4,), 2, key=key)[0].network.module.layers[0].weight
-        for key in (first, first, second)
+        jax.tree.leaves(eqx.filter(model.network.module, eqx.is_array))
+        for model in models
     ]
-    np.testing.assert_array_equal(weights[0], weights[1])
-    assert np.all(weights[0] != weights[2])
+    for one, same, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, same)
+        # But for the weight of the average.
+        assert one.ndim == 0 or np.all(one != other)
 
 
 # Training.
@@ -221,8 +224,9 @@ def test_keys_make_different_weights(getkey):
 
 def _train(model, state, steps: int):
     """Towards outputs three times as long as the inputs."""
-    x = jr.normal(jr.key(7), (4, 5, 2))
-    optimizer = optax.adam(3e-2)
+    x = jr.normal(jr.key(7), (4, 5, 4))
+    target = 3 * x
+    optimizer = optax.sign_sgd(0.03)
     slots = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -230,7 +234,7 @@ def _train(model, state, steps: int):
         def loss(model, state):
             state = spectrax.advance(model, state)
             plain = spectrax.unwrap(model, state)
-            return jnp.mean(jnp.square(jax.vmap(plain)(x) - 3 * x)), state
+            return jnp.mean(jnp.square(jax.vmap(plain)(x) - target)), state
 
         (value, state), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(
             model, state
@@ -246,7 +250,7 @@ def _train(model, state, steps: int):
 
 
 def test_adaptive_bounds_are_trained():
-    model, state = _create(2, 2, (4,), 2, use_adaptive_bounds=True, key=jr.key(1))
+    model, state = _create(4, 4, (4,), 2, use_adaptive_bounds=True, key=jr.key(1))
     start = float(model.lipschitz_bound(state))
     trained, state, values = _train(model, state, 40)
     assert values[-1] < 0.7 * values[0]
@@ -263,13 +267,13 @@ def test_adaptive_bounds_are_trained():
     # What is certified follows, and holds.
     bound = float(plain.lipschitz_bound())
     assert 1.4 * start < bound <= np.prod(learned) * (1 + 1e-2)
-    assert np.max(_jacobian_norms(plain, jr.normal(jr.key(0), (8, 3, 2)))) <= bound
+    assert np.max(_jacobian_norms(plain, jr.normal(jr.key(0), (8, 5, 4)))) <= bound
     # The weights of the averages are trained as well.
     assert trained.network.module.blocks[0].raw != model.network.module.blocks[0].raw
 
 
 def test_fixed_bounds_stay():
-    model, state = _create(2, 2, (4,), 2, key=jr.key(1))
+    model, state = _create(4, 4, (4,), 2, key=jr.key(1))
     assert all(constraint is None for constraint in model.network.constraints)
     trained, state, values = _train(model, state, 10)
     assert values[-1] < values[0]
@@ -281,9 +285,13 @@ def test_fixed_bounds_stay():
 
 def test_state_advances_and_batches_share_it(small, getkey):
     model, state, plain = small
-    x = jr.normal(getkey(), (3, 4, 3))
-    call = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))
-    y, new_state = eqx.filter_jit(call)(x, clone(state))
+    x = jr.normal(getkey(), (3, 5, 4))
+
+    @eqx.filter_jit
+    def call(model, x, state):
+        return jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(x, state)
+
+    y, new_state = call(model, x, clone(state))
     np.testing.assert_allclose(y, jax.vmap(plain)(x), rtol=1e-10)
     assert new_state is not state
     inference = eqx.nn.inference_mode(model)
@@ -329,7 +337,7 @@ def test_heads_that_do_not_divide_raise(num_heads, getkey):
     with pytest.raises(ValueError, match=match):
         _create(3, 2, (4, 6), num_heads, key=getkey())
     # Without attention it does not matter.
-    _create(3, 2, (4, 6), num_heads, use_attention=False, key=getkey())
+    _outline(3, 2, (4, 6), num_heads, use_attention=False, key=getkey())
 
 
 def test_odd_sizes_with_max_min_raise(getkey):
@@ -343,9 +351,7 @@ def test_unknown_activation_raises(getkey):
 
 
 def test_activation_that_changes_the_channels_raises(getkey):
-    with pytest.raises(
-        ValueError, match=r"keeps the number of channels, got 4 to \(\)"
-    ):
+    with pytest.raises(ValueError, match=r"number of channels, got 4 to \(\)"):
         _create(3, 2, (4,), 2, activation=jax.nn.logsumexp, key=getkey())
 
 
@@ -357,10 +363,10 @@ def test_impossible_bound_raises(adaptive, getkey):
         )
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 2), (2, 5, 3), (0, 3)])
+@pytest.mark.parametrize("shape", [(4,), (5, 2), (2, 5, 4), (0, 4)])
 def test_inputs_of_another_shape_raise(small, shape):
     _, _, plain = small
-    with unchecked(), pytest.raises(ValueError, match=r"shape \[points, 3\], got"):
+    with unchecked(), pytest.raises(ValueError, match=r"shape \[points, 4\], got"):
         plain(jnp.ones(shape))
 
 
@@ -368,7 +374,5 @@ def test_without_state_raises(small):
     model, _, _ = small
     with pytest.raises(TypeError, match=r"expected an `equinox.nn.State`"):
         model(jnp.ones((4, 3)))
-    with pytest.raises(
-        TypeError, match="expected the state of a model that is wrapped"
-    ):
+    with pytest.raises(TypeError, match="the state of a model that is wrapped"):
         model.lipschitz_bound()
