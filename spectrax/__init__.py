@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from . import nn as nn
 from ._constraints import (
     AbstractConstraint as AbstractConstraint,
     Clip as Clip,

@@ -9,6 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
@@ -16,6 +17,7 @@ from .._operators import (
     accumulation_dtype,
     as_operator,
     LatticeConvolution,
+    mode_matrices,
     Operator,
     OperatorLike,
     pack_rows,
@@ -41,6 +43,7 @@ else:
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_INIT_STEPS = 32
+_MODE_BLOCK_SIZE = 2
 
 
 def init_power_state(
@@ -83,6 +86,11 @@ def init_power_state(
     key = jr.key(0) if key is None else key
     if isinstance(operator, LatticeConvolution):
         return stop_gradient(init_lattice_state(operator, key, block_size, num_steps))
+    if (matrices := mode_matrices(operator)) is not None:
+        block = min(block_size, _MODE_BLOCK_SIZE)
+        def init(matrix):
+            return _init(lx.MatrixLinearOperator(matrix), key, block, num_steps)
+        return stop_gradient(jax.vmap(init)(matrices))
     return stop_gradient(_init(operator, key, block_size, num_steps))
 
 
@@ -159,6 +167,9 @@ def power_iterate(
         step = ft.partial(lattice_power_step, operator)
         state = _checked_lattice_state(operator, state)
         return stop_gradient(_repeat(step, state, num_steps))
+    if (matrices := mode_matrices(operator)) is not None:
+        step = lambda m, s: power_iterate(m, s, num_steps=num_steps)
+        return jax.vmap(step)(matrices, state)
     rows = _to_rows(operator, state)
     rows = _repeat(ft.partial(power_step, operator), rows, num_steps)
     return stop_gradient(_to_public(operator, rows))
@@ -195,6 +206,8 @@ def singular_value(
     operator = as_operator(operator)
     if isinstance(operator, LatticeConvolution):
         return lattice_value(operator, _checked_lattice_state(operator, state))
+    if (matrices := mode_matrices(operator)) is not None:
+        return jnp.max(jax.vmap(singular_value)(matrices, state))
     return leading_value(operator, _to_rows(operator, state))
 
 
