@@ -34,10 +34,11 @@ class FourierLayer(eqx.Module):
     grid, so that nothing is aliased.
 
     **Symbol:** a real input has the coefficient `conj(x(k))` at `-k`, and so must the
-    output. Only frequencies with `k_last >= 0` have a matrix `R(k)` in the weight. Where
-    `k_last = 0`, both `k` and `-k` have one, and the inverse transform to real numbers
-    can only keep `S(k) = (R(k) + conj(R(-k))) / 2`, at zero the real part; elsewhere
-    `S(k) = R(k)`. This `S`, the symbol, is what the layer and its norm are made of.
+    output. Only frequencies with `k_last >= 0` have a matrix `R(k)` in the weight.
+    Where `k_last = 0`, both `k` and `-k` have one, and the inverse transform to real
+    numbers can only keep `S(k) = (R(k) + conj(R(-k))) / 2`, at zero the real part;
+    elsewhere `S(k) = R(k)`. This `S`, the symbol, is what the layer and its norm are
+    made of.
 
     **Norm:** exact, `max_k |S(k)|`, with a bypass `max(|W|, max_k |S(k) + W|)`, in the
     Euclidean norm over channels and grid points and on every grid that carries all the
@@ -73,8 +74,8 @@ class FourierLayer(eqx.Module):
     **Cost:** two transforms of the input and a matrix product for each frequency.
 
     **Raises:** `ValueError` if `num_spatial_dims` is not 1, 2 or 3, if there are no
-    channels or no modes, or if `modes` has another length; `TypeError` if `dtype` is not
-    a real floating-point dtype.
+    channels or no modes, or if `modes` has another length; `TypeError` if `dtype` is
+    not a real floating-point dtype.
 
     !!! Example
 
@@ -172,8 +173,9 @@ class FourierLayer(eqx.Module):
         expected = (self.in_channels, *self.num_spatial_dims * ("n",))
         if x.ndim != len(expected) or x.shape[0] != self.in_channels or x.size == 0:
             raise ValueError(
-                f"expected an input of shape [{', '.join(map(str, expected))}], channels "
-                f"and then the grid, got {x.shape}. Use `jax.vmap` for a batch."
+                "expected an input with channels and then the grid, of shape "
+                f"({', '.join(map(str, expected))}), got {x.shape}. Use `jax.vmap` for "
+                "a batch."
             )
         if jnp.iscomplexobj(x):
             raise TypeError(
