@@ -39,7 +39,7 @@ import spectrax
 FINE = 65
 NUM_TRAIN, NUM_TEST = 512, 128
 BATCH_SIZE = 16
-PEAK_RATE = 5e-3
+PEAK_RATE = 3e-3
 OPTIMIZER = optax.scale_by_adam()
 
 # The two values of the coefficient are -1 and 1 to the networks, and the solutions have
@@ -48,7 +48,7 @@ LOW, HIGH = 3.0, 12.0
 # The solution operator stretches some differences several times, so a network of
 # Lipschitz constant 1 cannot learn it: its output is multiplied by this number, which
 # its proven bound counts.
-OUTPUT_SCALE = 30.0
+OUTPUT_SCALE = 10.0
 
 NOISE = (0.0, 0.1, 0.2, 0.5, 1.0)
 RATES = (1e-3, 1e-2, 1e-1)
