@@ -55,7 +55,7 @@ RATES = (1e-3, 1e-2, 1e-1)
 # Rounding of the search's float32 numbers, relative.
 ROUNDING = 1e-4
 
-Grids = Float[Array, "batch 1 n n"]
+Grids = Float[Array, "batch 1 n n"] | Float[np.ndarray, "batch 1 n n"]
 Network = Callable[[Float[Array, "1 n n"]], Float[Array, "1 n n"]]
 
 
@@ -105,7 +105,8 @@ def solve(a: np.ndarray) -> np.ndarray:
     inside[1:-1, 1:-1] = True
     keep = np.flatnonzero(inside)
     u = np.zeros(a.shape)
-    u[inside] = spl.spsolve(matrix.tocsc()[:, keep][keep], np.ones(len(keep)))
+    system = sp.csc_array(matrix)[:, keep][keep]
+    u[inside] = np.asarray(spl.spsolve(system, np.ones(len(keep))))
     return u
 
 
@@ -238,7 +239,7 @@ def stretching(network: Network, x: Grids, key: Array, steps: int) -> Array:
         d = jax.lax.fori_loop(0, steps, step, d / jnp.linalg.norm(d))
         return jnp.linalg.norm(jax.jvp(network, (x,), (d,))[1])
 
-    return jax.vmap(norm_at)(x, jr.normal(key, x.shape))
+    return jax.vmap(norm_at)(jnp.asarray(x), jr.normal(key, x.shape))
 
 
 def largest_stretching(network: Network, x: np.ndarray, seed: int, steps: int) -> float:
@@ -246,7 +247,7 @@ def largest_stretching(network: Network, x: np.ndarray, seed: int, steps: int) -
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=x[:2].shape).astype(np.float32)
     points = np.concatenate([x, 0 * x[:1], noise])
-    found = stretching(network, jnp.asarray(points), jr.key(seed), steps)
+    found = stretching(network, points, jr.key(seed), steps)
     return float(jnp.nanmax(found))
 
 
@@ -316,7 +317,7 @@ def draw(
     fits: dict[str, Fit], rows: Sequence[Row], rates: dict, data: Data, path: Path
 ) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = np.asarray(figure.subfigures(2, 1))
     draw_sample(top, fits, data)
     left, middle, right = bottom.subplots(1, 3)
     for title, fitted in fits.items():

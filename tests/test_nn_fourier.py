@@ -5,7 +5,6 @@ transform written out as sums.
 """
 
 import itertools
-import math
 
 import equinox as eqx
 import jax

@@ -290,7 +290,7 @@ def _checked_mode_state(
     matrices: Inexact[Array, "modes out in"], state: PowerStateLike
 ) -> PowerState:
     got = state.u.shape[:1] if isinstance(state, PowerState) else type(state).__name__
-    if got != matrices.shape[:1]:
+    if not isinstance(state, PowerState) or got != matrices.shape[:1]:
         raise ValueError(
             "expected a `PowerState` with an axis in front for the modes of the "
             f"Fourier multiplier, {matrices.shape[:1]}, got {got}. Make the state with "

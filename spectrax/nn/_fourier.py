@@ -47,7 +47,9 @@ class FourierLayer(eqx.Module):
     into one matrix for each frequency, `S(k)` at `k` and `conj(S(k))` at `-k`; the norm
     of a block-diagonal map is the largest of its blocks', and that of a real map does
     not change when it is extended to complex inputs. On smaller grids there are fewer
-    blocks, so that the norm can only be lower. [`spectrax.wrap`][] constrains it.
+    blocks, so that the norm can only be lower. [`spectrax.wrap`][] constrains it. What
+    [`spectrax.enclose_norm`][] proves is of the symbol as it is computed, in float32 or
+    wider, whose entries are at most two roundings away from what the weight defines.
 
     **Weight:** real numbers, `[coefficients, out_channels, in_channels]`: the real
     parts of all `R(k)`, then the imaginary parts, then `W` if there is one. Of a
