@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import enclose_norm
 from ._norms import exact_norm, spectral_norm
-from ._operators import LatticeConvolution, Operator
+from ._operators import LatticeConvolution, mode_matrices, Operator
 from ._select import search_weights
 from ._site import over_stack, Site, site_norm, site_operators, SiteState
 from ._tree import as_path, follow, nodes, Path, path_string, replace
@@ -232,11 +232,13 @@ def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:
 def _true_norm(operator: Operator) -> float:
     if isinstance(operator, LatticeConvolution):
         return float(exact_norm(operator))
-    if operator.in_size() * operator.out_size() > _LARGEST_DENSE:
-        return float(spectral_norm(operator))
-    matrix = np.asarray(lx.materialise(operator).as_matrix())
-    wide = np.complex128 if np.iscomplexobj(matrix) else np.float64
-    return float(np.linalg.norm(matrix.astype(wide), 2))
+    matrices = mode_matrices(operator)
+    if matrices is None:
+        if operator.in_size() * operator.out_size() > _LARGEST_DENSE:
+            return float(spectral_norm(operator))
+        matrices = lx.materialise(operator).as_matrix()[None]
+    wide = np.complex128 if jnp.iscomplexobj(matrices) else np.float64
+    return float(np.linalg.norm(np.asarray(matrices, wide), 2, axis=(1, 2)).max())
 
 
 def _unconstrained(model: PyTree) -> list[tuple[str, tuple[int, ...]]]:

@@ -109,11 +109,12 @@ def wrap(
 
     What the bound of a weight means, for each layer type: for `Linear`, `Conv1d/2d/3d`
     and `ConvTranspose1d/2d/3d` it bounds the layer's Lipschitz constant, for
-    convolutions at every input size. For `Embedding` it is the norm of the table, which
-    no embedding exceeds in length. For `GRUCell` and `LSTMCell` it holds for
-    `weight_ih` and `weight_hh`, each with all gates stacked. `MultiheadAttention` and
-    `MLP` are constrained in their `Linear` layers; dot-product attention itself has no
-    global Lipschitz constant. Other types: [`spectrax.register_layer`][].
+    convolutions at every input size; for [`spectrax.nn.FourierLayer`][] at every
+    resolution. For `Embedding` it is the norm of the table, which no embedding exceeds
+    in length. For `GRUCell` and `LSTMCell` it holds for `weight_ih` and `weight_hh`,
+    each with all gates stacked. `MultiheadAttention` and `MLP` are constrained in their
+    `Linear` layers; dot-product attention itself has no global Lipschitz constant.
+    Other types: [`spectrax.register_layer`][].
 
     **Arguments:**
 

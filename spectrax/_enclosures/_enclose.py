@@ -178,8 +178,7 @@ def _(operator: lx.ComposedLinearOperator, effort: Effort) -> Ends:
 def _(operator: lx.FunctionLinearOperator, effort: Effort) -> Ends:
     function = operator.fn
     if isinstance(function, FourierMultiplier):
-        weight = function.weight
-        modes = jnp.moveaxis(weight.reshape(*weight.shape[:2], -1), -1, 0)
+        modes = function.matrices()
         ends = jax.vmap(lambda mode: _enclose_matrix(mode, 0.0, effort))(modes)
         return largest(ends)
     if isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose):

@@ -36,7 +36,9 @@ class PowerState(eqx.Module):
     - `momentum`: the directions in which `v` last moved, `[block, *input shape]`;
         `None` for a block of one vector, which iterates without momentum.
 
-    For an operator between pytrees, each field is a pytree of such arrays. Arrays are
+    For an operator between pytrees, each field is a pytree of such arrays. For a
+    Fourier multiplier, each has an axis for the modes in front, and the pairs are those
+    of each mode's matrix: `u` is `[modes, block, out]`. Arrays are
     of the operator's dtype, or float32 if that is narrower.
     """
 

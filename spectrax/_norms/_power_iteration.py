@@ -9,14 +9,15 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+import lineax as lx
+from jaxtyping import Array, Float, Inexact, PRNGKeyArray, PyTree
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
 from .._operators import (
     accumulation_dtype,
     as_operator,
     LatticeConvolution,
-    Operator,
+    mode_matrices,
     OperatorLike,
     pack_rows,
     unpack_rows,
@@ -41,6 +42,8 @@ else:
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_INIT_STEPS = 32
+# Of the matrices of a Fourier multiplier, each of which is followed on its own.
+_MOST_PAIRS_PER_MODE = 2
 
 
 def init_power_state(
@@ -63,13 +66,17 @@ def init_power_state(
     - `block_size`: how many pairs to carry. More pairs track a changing operator more
         closely, and each step's products take more vectors. It is cut to the
         smaller side of the operator, beyond which there are no further pairs. One pair
-        is the power iteration of Miyato et al. (2018).
+        is the power iteration of Miyato et al. (2018). For a Fourier multiplier it is
+        the number of pairs for each mode, and cut to 2.
     - `num_steps`: steps of the bidiagonalisation. With 0 the vectors are random.
 
     **Returns:**
 
     A [`spectrax.PowerState`][] (for the convolution at every input size a
-    [`spectrax.LatticePowerState`][]). It carries no derivative.
+    [`spectrax.LatticePowerState`][]). It carries no derivative. For a
+    [`spectrax.fourier_multiplier`][] its arrays have the modes as a first axis, as
+    each mode's matrix is followed on its own: the largest norms of a block-diagonal
+    operator are often so close that vectors of the whole would converge slowly.
 
     **Cost:** two products with the operator per step.
 
@@ -83,6 +90,13 @@ def init_power_state(
     key = jr.key(0) if key is None else key
     if isinstance(operator, LatticeConvolution):
         return stop_gradient(init_lattice_state(operator, key, block_size, num_steps))
+    if (matrices := mode_matrices(operator)) is not None:
+        block = min(block_size, _MOST_PAIRS_PER_MODE)
+
+        def init(matrix: Inexact[Array, "out in"]) -> PowerState:
+            return _init(lx.MatrixLinearOperator(matrix), key, block, num_steps)
+
+        return stop_gradient(jax.vmap(init)(matrices))
     return stop_gradient(_init(operator, key, block_size, num_steps))
 
 
@@ -159,6 +173,9 @@ def power_iterate(
         step = ft.partial(lattice_power_step, operator)
         state = _checked_lattice_state(operator, state)
         return stop_gradient(_repeat(step, state, num_steps))
+    if (matrices := mode_matrices(operator)) is not None:
+        state = _checked_mode_state(matrices, state)
+        return jax.vmap(ft.partial(power_iterate, num_steps=num_steps))(matrices, state)
     rows = _to_rows(operator, state)
     rows = _repeat(ft.partial(power_step, operator), rows, num_steps)
     return stop_gradient(_to_public(operator, rows))
@@ -195,17 +212,24 @@ def singular_value(
     operator = as_operator(operator)
     if isinstance(operator, LatticeConvolution):
         return lattice_value(operator, _checked_lattice_state(operator, state))
+    if (matrices := mode_matrices(operator)) is not None:
+        state = _checked_mode_state(matrices, state)
+        return jnp.max(jax.vmap(singular_value)(matrices, state))
     return leading_value(operator, _to_rows(operator, state))
 
 
 def residual_norm(
-    operator: Operator,
+    operator: OperatorLike,
     state: PowerStateLike,
 ) -> Float[Array, ""]:
     """`|A^H u - sigma v| / sigma` of the leading pair: zero if it has converged."""
     operator = as_operator(operator)
     if isinstance(operator, LatticeConvolution):
         return lattice_residual(operator, _checked_lattice_state(operator, state))
+    if (matrices := mode_matrices(operator)) is not None:
+        state = _checked_mode_state(matrices, state)
+        leading = jnp.argmax(jax.vmap(singular_value)(matrices, state))
+        return jax.vmap(residual_norm)(matrices, state)[leading]
     return leading_residual(operator, _to_rows(operator, state))
 
 
@@ -260,6 +284,19 @@ def _check_rows(
             f"the operator, got {got}. Make the state with "
             "`spectrax.init_power_state(operator)` for an operator of this shape."
         )
+
+
+def _checked_mode_state(
+    matrices: Inexact[Array, "modes out in"], state: PowerStateLike
+) -> PowerState:
+    got = state.u.shape[:1] if isinstance(state, PowerState) else type(state).__name__
+    if not isinstance(state, PowerState) or got != matrices.shape[:1]:
+        raise ValueError(
+            "expected a `PowerState` with an axis in front for the modes of the "
+            f"Fourier multiplier, {matrices.shape[:1]}, got {got}. Make the state with "
+            "`spectrax.init_power_state(operator)` for an operator of this shape."
+        )
+    return state
 
 
 def _checked_lattice_state(

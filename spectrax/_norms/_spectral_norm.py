@@ -3,15 +3,17 @@
 from typing import Literal, overload
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
 from .._operators import (
     accumulation_dtype,
     as_operator,
     LatticeConvolution,
+    mode_matrices,
     Operator,
     OperatorLike,
 )
@@ -134,7 +136,18 @@ def exact_norm(operator: Operator) -> Float[Array, ""]:
 def _norm(operator: Operator, find: TripletFinder) -> Float[Array, ""]:
     if isinstance(operator, LatticeConvolution):
         return lattice_norm(operator, find)
+    if (matrices := mode_matrices(operator)) is not None:
+        return jnp.max(_mode_norms(matrices, find))
     return differentiable_norm(operator, find)
+
+
+def _mode_norms(
+    matrices: Inexact[Array, "modes out in"], find: TripletFinder
+) -> Float[Array, " modes"]:
+    def norm(matrix: Inexact[Array, "out in"]) -> Float[Array, ""]:
+        return differentiable_norm(lx.MatrixLinearOperator(matrix), find)
+
+    return jax.vmap(norm)(matrices)
 
 
 def _solution(
@@ -142,6 +155,9 @@ def _solution(
 ) -> NormSolution:
     if isinstance(operator, LatticeConvolution):
         residual = lattice_norm_residual(operator, find)
+    elif (matrices := mode_matrices(operator)) is not None:
+        leading = matrices[jnp.argmax(_mode_norms(matrices, find))]
+        residual = triplet_residual(lx.MatrixLinearOperator(leading), find)
     else:
         residual = triplet_residual(operator, find)
     # What rounding alone leaves is not for further steps to remove.

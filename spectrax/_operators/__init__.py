@@ -11,6 +11,7 @@ from ._flatten import flattened_kernel as flattened_kernel
 from ._fourier import (
     fourier_multiplier as fourier_multiplier,
     FourierMultiplier as FourierMultiplier,
+    mode_matrices as mode_matrices,
 )
 from ._lattice import LatticeConvolution as LatticeConvolution
 from ._products import (

@@ -16,6 +16,11 @@ class FourierMultiplier(eqx.Module):
         """Each mode by its own matrix."""
         return jnp.einsum("oi...,i...->o...", self.weight, x, precision="highest")
 
+    def matrices(self) -> Inexact[Array, "modes out in"]:
+        """Those of all modes: the blocks of which the whole is the diagonal."""
+        flat = self.weight.reshape(*self.weight.shape[:2], -1)
+        return jnp.moveaxis(flat, -1, 0)
+
 
 def fourier_multiplier(
     weight: Inexact[Array, "out in *modes"],
@@ -61,3 +66,9 @@ def fourier_multiplier(
     return lx.FunctionLinearOperator(
         FourierMultiplier(weight), structure, closure_convert=False
     )
+
+
+def mode_matrices(operator: object) -> Inexact[Array, "modes out in"] | None:
+    """The matrices of an operator made by `fourier_multiplier`, `None` for others."""
+    function = getattr(operator, "fn", None)
+    return function.matrices() if isinstance(function, FourierMultiplier) else None

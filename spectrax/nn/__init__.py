@@ -9,6 +9,8 @@ from ._activations import (
 from ._adaptive import AdaptiveSpectralNorm as AdaptiveSpectralNorm
 from ._attention import SpectralMultiheadAttention as SpectralMultiheadAttention
 from ._centering import BatchCentering as BatchCentering
+from ._fno import FNO as FNO
+from ._fourier import FourierLayer as FourierLayer
 from ._l2_attention import L2MultiheadAttention as L2MultiheadAttention
 from ._layers import (
     SpectralConv1d as SpectralConv1d,
