@@ -249,7 +249,8 @@ def unit(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
 # The target here is `sin(4 x) cos(3 y)`, with slopes up to 4. Networks of three layers
 # with a fixed bound `b` have slopes up to `b^3`. Learned bounds start at 1, so that the
 # network starts as the first one, and grow as the error asks for it; a `maximum` stops
-# them.
+# them. For the test the weights are certified: each norm is proven to be within its
+# bound, which an estimate while training is not.
 
 
 # %%
@@ -332,7 +333,7 @@ def step_3_adaptive_bounds(settings: Settings) -> Figure:
         )
         fit = ft.partial(train, num_steps=settings.train_steps, title=name)
         model, state, losses, bounds = fit(model, state, *data(x_key))
-        network = spectrax.unwrap(model, state)
+        network = spectrax.unwrap(model, state, certified=True)
         error = jnp.mean((jax.vmap(network)(x_test) - y_test) ** 2)
         steepest = float(jnp.max(slopes(network, x_test)))
         certified = certified_bound(network)
@@ -478,7 +479,8 @@ def step_4_power_iteration(settings: Settings) -> Figure:
 # 3. One after another, the constants multiply: `|f(x) - f(y)| <= sigma(W_1) sigma(W_2)
 #    sigma(W_3) sigma(W_4) |x - y|` for all `x` and `y`.
 # 4. `enclose_norm` gives a number that each `sigma(W_i)` is proven not to exceed,
-#    rounding included. The product of the four is the certified bound.
+#    rounding included. The product of the four is the certified bound. With weights
+#    from `unwrap(..., certified=True)` it is at most 1.
 #
 # It is a statement about the function of real numbers; rounding while evaluating it
 # comes on top. And it is not tight: no point needs to be stretched the most by all
@@ -502,7 +504,7 @@ def step_5_stability(settings: Settings) -> Figure:
     networks = {
         "regular, at the start": mlp,
         "regular, trained": regular,
-        "normalized, trained": spectrax.unwrap(model, state),
+        "normalized, trained": spectrax.unwrap(model, state, certified=True),
     }
     d = 0.1 * unit(jr.normal(pair_key, x.shape))
     figure = Figure(figsize=(6, 3.4), layout="constrained")

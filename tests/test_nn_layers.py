@@ -85,7 +85,7 @@ _CONVOLUTIONS = [
     (
         spectrax.nn.SpectralConv2d,
         (2, 3, (3, 2)),
-        {"dilation": 2, "padding": "SAME", "padding_mode": "CIRCULAR"},
+        {"dilation": 2, "padding": "SAME", "padding_mode": "REPLICATE"},
     ),
     (spectrax.nn.SpectralConv3d, (2, 3, 2), {"use_bias": False}),
     (

@@ -92,7 +92,8 @@ def SpectralMultiheadAttention(
     **What is not.** Dot-product attention has no global Lipschitz constant, whatever
     the norms of its projections: the scores multiply inputs with inputs, so that its
     Jacobian can grow with the square of their size (Kim et al. 2021, theorem 3.1).
-    Bounded projections keep it from growing with the weights, no more.
+    Bounded projections keep it from growing with the weights, no more. Attention with a
+    Lipschitz constant is [`spectrax.nn.L2MultiheadAttention`][].
 
     **Kind:** as the estimator's; see [`spectrax.unwrap`][].
 
