@@ -40,8 +40,8 @@ def lipschitz_constant(activation: Callable[..., Any]) -> float | Float[Array, "
     | `mish` | 1.08850 |
 
     Also known are `abs`, `sin`, `cos` and `arctan` of `jax.numpy`; `Identity`, `Lambda`,
-    `PReLU` and the average and maximum pools of `equinox.nn`; and what
-    [`spectrax.nn`][] has. Options are given with `functools.partial`, as in
+    `PReLU` and the average and maximum pools of `equinox.nn`; and those of
+    `spectrax.nn`. Options are given with `functools.partial`, as in
     `functools.partial(jax.nn.gelu, approximate=False)`.
 
     **Arguments:**
