@@ -359,7 +359,6 @@ def test_dtypes_are_kept(dtype):
 # Pooling.
 
 WINDOWS = [
-    {"kernel_size": 1, "stride": 1},
     {"kernel_size": 2, "stride": 2},
     {"kernel_size": 3, "stride": 3, "padding": 1},
     {"kernel_size": 3, "stride": 1, "padding": 1},
@@ -379,7 +378,7 @@ def _one_axis(options):
 def test_average_pooling(options, getkey):
     pool = eqx.nn.AvgPool1d(**_one_axis(options))
     constant = float(snn.lipschitz_constant(pool))
-    norms = [true_norm(_matrix(pool, (1, size))) for size in (12, 400)]
+    norms = [true_norm(_matrix(pool, (1, size))) for size in (12, 300)]
     assert max(norms) <= constant * (1 + 1e-12)
     assert max(norms) >= constant * (1 - 1e-3)
     scaled = snn.ScaledPool(pool)

@@ -280,6 +280,7 @@ def _block(num_heads: int, size: int, key: PRNGKeyArray) -> ResidualAverage:
 
 
 def _bound_of_block(block: ResidualAverage) -> Float[Array, ""]:
+    assert isinstance(block.layer, _ScaledAttention)
     bound = block.layer.attention.weights_bound()
     weight = block.weight().astype(bound.dtype)
     return up((1 - weight) + weight * bound)
