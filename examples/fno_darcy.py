@@ -324,6 +324,7 @@ def print_rates(table: dict[str, list[float]], num_steps: int) -> None:
     print("".join(f"{rate:>9g}" for rate in RATES))
     print("-" * (24 + 9 * len(RATES)))
     for title, errors in table.items():
+        # Ten times the size of the solution, or no number at all.
         cells = (f"{e:>9.2%}" if e < 10 else f"{'diverged':>9}" for e in errors)
         print(f"{title:<24}" + "".join(cells))
     print()
@@ -356,9 +357,9 @@ def draw(
 def draw_sample(figure: Any, fits: dict[str, Fit], data: Data) -> None:
     x, y = data.test[0][0], data.test[1][0]
     axes = figure.subplots(1, 2 + len(fits))
-    axes[0].imshow(x[0], cmap="gray")
+    axes[0].imshow(x[0], cmap="gray", interpolation="nearest")
     axes[0].set_title("coefficient a", fontsize=9)
-    image = axes[1].imshow(y[0])
+    image = axes[1].imshow(y[0], interpolation="nearest")
     axes[1].set_title("solution u", fontsize=9)
     figure.colorbar(image, ax=axes[1], shrink=0.7)
     errors = [
@@ -367,7 +368,9 @@ def draw_sample(figure: Any, fits: dict[str, Fit], data: Data) -> None:
     ]
     most = max(error.max() for error in errors)
     for ax, title, error in zip(axes[2:], fits, errors, strict=True):
-        image = ax.imshow(error, cmap="magma", vmin=0, vmax=most)
+        image = ax.imshow(
+            error, cmap="magma", vmin=0, vmax=most, interpolation="nearest"
+        )
         ax.set_title(f"error, {title}", fontsize=9)
     figure.colorbar(image, ax=axes[-1], shrink=0.7)
     for ax in axes:
