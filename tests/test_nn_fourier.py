@@ -133,6 +133,17 @@ def test_one_mode_alone_and_the_bypass_alone(getkey):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_bypass_acts_where_no_mode_is_kept(getkey):
+    """With matrices that cancel it at the kept modes, all that is left is elsewhere."""
+    layer = make(getkey(), 1, 3, use_bypass=True)
+    matrix = jnp.zeros((3, 2)).at[1, 1].set(2.0)
+    weight = jnp.zeros_like(layer.weight).at[:3].set(-matrix).at[-1].set(matrix)
+    changed = eqx.tree_at(lambda layer: layer.weight, layer, weight)
+    np.testing.assert_allclose(symbol_norm(changed), 2.0)
+    np.testing.assert_allclose(true_norm(matrix_of(changed, (6,))), 2.0)
+    assert true_norm(matrix_of(changed, (5,))) < 1e-14
+
+
 def test_conjugate_pairs_at_zero_last_frequency(getkey):
     """Independent matrices at `k` and `-k` act by the mean of one and the conjugate of
     the other: two that cancel leave nothing."""
