@@ -1,8 +1,8 @@
 """A Fourier neural operator for Darcy flow, whose Lipschitz constant is bounded.
 
 Solves `-div(a grad u) = 1` with `u = 0` on the boundary of the unit square for random
-piecewise constant `a`, by finite differences. Trains three operators from `a` to `u`:
-a plain FNO, one whose layers have norm 1, and one whose layers learn their norms.
+piecewise constant `a`, by finite differences. Trains operators from `a` to `u`: a
+plain FNO, some whose layers have norm 1, and one whose layers learn their norms.
 Prints test errors at two resolutions and with noise on the input, the proven bound on
 each Lipschitz constant beside the largest stretching that a search finds, and what high
 learning rates do. Ends with exit code 1 if a bound was broken.
@@ -39,19 +39,19 @@ import spectrax
 FINE = 65
 NUM_TRAIN, NUM_TEST = 512, 128
 BATCH_SIZE = 16
-PEAK_RATE = 3e-3
+PEAK_RATE = 2e-3
 OPTIMIZER = optax.scale_by_adam()
 
 # The two values of the coefficient are -1 and 1 to the networks, and the solutions have
 # standard deviation 1. All Lipschitz constants are between these scaled functions.
 LOW, HIGH = 3.0, 12.0
-# The solution operator stretches some differences several times, so a network of
-# Lipschitz constant 1 cannot learn it: its output is multiplied by this number, which
-# its proven bound counts.
-OUTPUT_SCALE = 10.0
+# The solution operator stretches some differences, and no layer passes on all that
+# comes in, so the output of a network with layers of norm 1 is multiplied by a number.
+# Its proven bound counts it.
+OUTPUT_SCALES = (10.0, 3.0)
 
-NOISE = (0.0, 0.1, 0.2, 0.5, 1.0)
-RATES = (1e-3, 1e-2, 1e-1)
+NOISE = (0.0, 0.2, 0.5, 1.0, 2.0)
+RATES = (1e-2, 1e-1, 1.0)
 # Rounding of the search's float32 numbers, relative.
 ROUNDING = 1e-4
 
@@ -176,6 +176,22 @@ def train_step(
     updates, opt_state = OPTIMIZER.update(gradient, opt_state)
     updates = jax.tree.map(lambda update: -rate * update, updates)
     return eqx.apply_updates(model, updates), state, opt_state, value
+
+
+def make_models(seed: int, *, smoke: bool) -> dict[str, Callable[[], PyTree]]:
+    """From the same random numbers, all of the same architecture."""
+    width, modes, depth = (4, 3, 1) if smoke else (16, 8, 4)
+    make = ft.partial(spectrax.nn.FNO, 2, 1, 1, width, modes, depth, key=jr.key(seed))
+    scales = OUTPUT_SCALES[:1] if smoke else OUTPUT_SCALES
+    largest = OUTPUT_SCALES[0]
+    learned = spectrax.LearnableBound(1.0)
+    return {
+        "plain": ft.partial(make, constraint=None),
+        **{f"norm 1, times {s:g}": ft.partial(make, output_scale=s) for s in scales},
+        f"learned, times {largest:g}": ft.partial(
+            make, output_scale=largest, constraint=learned
+        ),
+    }
 
 
 class Fit(NamedTuple):
@@ -308,6 +324,7 @@ def print_rates(table: dict[str, list[float]], num_steps: int) -> None:
     print("".join(f"{rate:>9g}" for rate in RATES))
     print("-" * (24 + 9 * len(RATES)))
     for title, errors in table.items():
+        # Ten times the size of the solution, or no number at all.
         cells = (f"{e:>9.2%}" if e < 10 else f"{'diverged':>9}" for e in errors)
         print(f"{title:<24}" + "".join(cells))
     print()
@@ -340,9 +357,9 @@ def draw(
 def draw_sample(figure: Any, fits: dict[str, Fit], data: Data) -> None:
     x, y = data.test[0][0], data.test[1][0]
     axes = figure.subplots(1, 2 + len(fits))
-    axes[0].imshow(x[0], cmap="gray")
+    axes[0].imshow(x[0], cmap="gray", interpolation="nearest")
     axes[0].set_title("coefficient a", fontsize=9)
-    image = axes[1].imshow(y[0])
+    image = axes[1].imshow(y[0], interpolation="nearest")
     axes[1].set_title("solution u", fontsize=9)
     figure.colorbar(image, ax=axes[1], shrink=0.7)
     errors = [
@@ -351,7 +368,9 @@ def draw_sample(figure: Any, fits: dict[str, Fit], data: Data) -> None:
     ]
     most = max(error.max() for error in errors)
     for ax, title, error in zip(axes[2:], fits, errors, strict=True):
-        image = ax.imshow(error, cmap="magma", vmin=0, vmax=most)
+        image = ax.imshow(
+            error, cmap="magma", vmin=0, vmax=most, interpolation="nearest"
+        )
         ax.set_title(f"error, {title}", fontsize=9)
     figure.colorbar(image, ax=axes[-1], shrink=0.7)
     for ax in axes:
@@ -381,7 +400,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="small grids, few steps")
     args = parser.parse_args(argv)
     if args.steps is None:
-        args.steps = 4 if args.smoke else 600
+        args.steps = 4 if args.smoke else 500
     return args
 
 
@@ -394,19 +413,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / f"darcy_{count}_{size}_{args.seed}.npz"
     data = load_data(path, count, num_test, size, args.seed)
 
-    width, modes, depth = (4, 3, 2) if args.smoke else (16, 8, 4)
-    make = ft.partial(
-        spectrax.nn.FNO, 2, 1, 1, width, modes, depth, key=jr.key(args.seed)
-    )
-    bounded = ft.partial(make, output_scale=OUTPUT_SCALE)
-    models: dict[str, Callable[[], PyTree]] = {
-        "plain": ft.partial(make, constraint=None),
-        "norm 1": bounded,
-        "learned norms": ft.partial(bounded, constraint=spectrax.LearnableBound(1.0)),
-    }
+    models = make_models(args.seed, smoke=args.smoke)
     run = ft.partial(fit, data=data, seed=args.seed)
     fits = {
-        title: run(model, rate=decaying, num_steps=args.steps, title=f"{title:<14}")
+        title: run(model, rate=decaying, num_steps=args.steps, title=title)
         for title, model in models.items()
     }
     few = max(1, args.steps // 6)
@@ -414,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     x, y = map(coarse, data.test)
     for title, model in models.items():
         for rate in RATES:
-            label = f"{title:<14} rate {rate:g}"
+            label = f"{title}, rate {rate:g}"
             found = run(model, rate=lambda _, r=rate: r, num_steps=few, title=label)
             error = float(test_error(found.network, x, y))
             rates[title].append(error if math.isfinite(error) else math.inf)
