@@ -47,8 +47,7 @@ REWARD_SCALE = 1 - DISCOUNT
 OBSERVATION_SCALE = np.asarray([2.4, 3.0, 0.21, 3.0], np.float32)
 BATCH_SIZE = 64
 CAPACITY = 10_000  # transitions that are remembered
-UPDATE_EVERY = 1  # steps of the environment
-SYNC_EVERY = 100  # updates, until the target is renewed
+SYNC_EVERY = 100  # steps, until the target is renewed
 START = 500  # steps before the first update
 EPSILON = 1.0, 0.02, 0.2  # from, to, in this part of all steps
 
@@ -222,9 +221,9 @@ def train(
         for agent in np.flatnonzero(over):
             finished[agent].append(total[agent])
             total[agent] = 0
-        if step >= START and step % UPDATE_EVERY == 0:
+        if step >= START:
             agents, value = update(agents, memory.sample(rng))
-        if step % (SYNC_EVERY * UPDATE_EVERY) == 0:
+        if step % SYNC_EVERY == 0:
             agents = synchronize(agents)
         if (step + 1) % (args.steps // args.evaluations) == 0:
             steps.append(step + 1)
@@ -255,15 +254,15 @@ def last_quarter(rows: np.ndarray) -> np.ndarray:
     return rows[-max(1, len(rows) // 4) :].mean(axis=0)
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, digits: int = 0) -> str:
     """Mean and standard deviation over the seeds."""
-    return f"{values.mean():.0f} ± {values.std(ddof=1):.0f}"
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
 
 
 def table(runs: dict[tuple[float, str], Run]) -> str:
     lines = [
         f"{'rate':<7}{'normalized':<13}{'whole run':>11}{'at the end':>12}"
-        f"{'worst seed':>12}{'value':>11}  norms of the layers"
+        f"{'worst seed':>12}{'value':>13}  norms of the layers"
     ]
     for (rate, name), run in runs.items():
         end = last_quarter(run.returns)
@@ -271,7 +270,7 @@ def table(runs: dict[tuple[float, str], Run]) -> str:
         lines.append(
             f"{rate:<7g}{name:<13}{spread(run.returns.mean(axis=0)):>11}"
             f"{spread(end):>12}{end.min():>12.0f}"
-            f"{spread(last_quarter(run.values)):>11}  {norms}"
+            f"{spread(last_quarter(run.values), 2):>13}  {norms}"
         )
     return "\n".join(lines)
 
@@ -297,7 +296,7 @@ def draw(runs: dict[tuple[float, str], Run], path: Path) -> None:
     for ax in axes[0]:
         ax.axhline(LONGEST, color="black", ls="--", lw=1)
     for ax in axes[1]:
-        ax.axhline(1 / (1 - DISCOUNT), color="black", ls="--", lw=1)
+        ax.axhline(1, color="black", ls="--", lw=1)
     axes[0, 0].set_ylabel("return, mean of ten episodes")
     axes[1, 0].set_ylabel("value of the actions taken")
     axes[0, 0].legend(title="normalized", loc="upper left")
@@ -332,9 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, where in VARIANTS.items()
     }
     print(
-        f"{args.seeds} seeds, {args.steps} steps. Mean ± standard deviation over the "
-        "seeds.\n'At the end' is the last quarter. No true value exceeds "
-        f"{1 / (1 - DISCOUNT):.0f}, no return {LONGEST}.\n"
+        f"{args.seeds} seeds, {args.steps} steps each. Mean ± standard deviation over "
+        "the seeds.\n'At the end' is the last quarter. No true value exceeds 1, no "
+        f"return {LONGEST}.\n"
     )
     print(table(runs))
     path = args.out / "rl_critic.png"

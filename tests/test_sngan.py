@@ -66,7 +66,8 @@ def test_one_step_for_real_and_fake(example: ModuleType):
     expected = spectrax.advance(players.critic, jax.tree.unflatten(treedef, leaves))
     real = jr.normal(jr.key(0), (example.BATCH_SIZE, *example.IMAGE))
     noise = jr.normal(jr.key(1), (example.BATCH_SIZE, example.LATENT_SIZE))
-    after, loss = example.train_step(players, real, noise)
+    rates = example.Rates(jnp.asarray(2e-4), jnp.asarray(3e-2))
+    after, loss = example.train_step(players, rates, real, noise)
     for found, wanted in zip(
         jax.tree.leaves(after.state), jax.tree.leaves(expected), strict=True
     ):
