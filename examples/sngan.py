@@ -1,9 +1,10 @@
 """An SN-GAN on handwritten digits, and the same GAN without spectral normalization.
 
 Trains a generator against a convolutional critic on scikit-learn's 8x8 digits, with
-the hinge loss of Miyato et al. (2018), at one learning rate from the same starts: once
-with a plain critic and once with one in which every layer has norm 1. Prints how good
-the samples are and how many runs failed, and draws both the training and the samples.
+the hinge loss, as in Miyato et al. (2018): once with a plain critic and once with one
+in which every layer has the same norm, from the same starts and with the same learning
+rates. Prints how good the samples are and which runs failed, and draws both the
+training and the samples.
 
     python examples/sngan.py [--out DIR] [--seed N] [--seeds N] [--steps N]
         [--generator-rate RATE] [--critic-rate RATE] [--smoke]
@@ -36,10 +37,10 @@ IMAGE = (1, 8, 8)
 LATENT_SIZE = 16
 BATCH_SIZE = 64
 # The norm of each layer of a normalized critic. Where the flattened kernel of a
-# convolution has norm 1, as in Miyato et al. (2018), its true norm is above 1.
+# convolution has norm 1, as in Miyato et al. (2018), its true norm is 1 or more.
 BOUND = 2.0
-# The same for both kinds of critic. The generator's rate is that of Miyato et al.
-# (2018), the critic's 150 times as high.
+# The same for both kinds of critic. The generator's rate is among those of Miyato et
+# al. (2018), the critic's is 30 times the highest of them.
 GENERATOR_RATE = 2e-4
 CRITIC_RATE = 3e-2
 
@@ -234,10 +235,9 @@ ADAM = optax.scale_by_adam(b1=0.5, b2=0.9)
 def update(
     network: PyTree, gradient: PyTree, opt_state: optax.OptState, rate: Array
 ) -> tuple[PyTree, optax.OptState]:
-    steps, opt_state = ADAM.update(gradient, opt_state)
-    return eqx.apply_updates(
-        network, jax.tree.map(lambda d: -rate * d, steps)
-    ), opt_state
+    updates, opt_state = ADAM.update(gradient, opt_state)
+    updates = jax.tree.map(lambda direction: -rate * direction, updates)
+    return eqx.apply_updates(network, updates), opt_state
 
 
 def plain(critic: PyTree, state: eqx.nn.State | None) -> Critic:
@@ -296,7 +296,6 @@ def first_players(args: argparse.Namespace, seed: int, *, constrained: bool) -> 
         critic, state = wrap(
             critic, constraint=spectrax.Normalize(BOUND), estimator=estimator
         )
-
     generator_opt = ADAM.init(arrays(generator))
     critic_opt = ADAM.init(arrays(critic))
     return Players(generator, critic, state, generator_opt, critic_opt)

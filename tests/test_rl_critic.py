@@ -43,11 +43,10 @@ def test_smoke(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
     none, penultimate, everything = (
         [float(norm) for norm in line.replace(",", "").split()[-3:]] for line in rows
     )
-    # What is not normalized grows at this learning rate.
-    assert min(none) > 1.3
-    assert penultimate[1] == pytest.approx(1, abs=0.05)
-    assert min(penultimate[0], penultimate[2]) > 1.3
     assert everything == pytest.approx([1, 1, 1], abs=0.05)
+    assert penultimate[1] == pytest.approx(1, abs=0.05)
+    free = [*none, penultimate[0], penultimate[2]]
+    assert all(abs(norm - 1) > 0.2 for norm in free), free
 
 
 def test_needs_two_seeds(example: ModuleType, capsys: pytest.CaptureFixture[str]):
