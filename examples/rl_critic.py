@@ -300,7 +300,7 @@ def draw(runs: dict[tuple[float, str], Run], path: Path) -> None:
     axes[0, 0].set_ylabel("return, mean of ten episodes")
     axes[1, 0].set_ylabel("value of the actions taken")
     axes[0, 0].legend(title="normalized", loc="upper left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
