@@ -153,18 +153,18 @@ class Memory:
         def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
             return np.zeros((CAPACITY, num_agents, *shape), dtype)
 
-        self.fields = Transition(
+        self.fields = [  # those of `Transition`
             zeros(OBSERVATION_SIZE),
             zeros(dtype=np.int32),
             zeros(),
             zeros(OBSERVATION_SIZE),
             zeros(dtype=bool),
             zeros(dtype=bool),
-        )
+        ]
         self.agents = np.arange(num_agents)[:, None]
         self.count = 0
 
-    def add(self, transition: Transition) -> None:
+    def add(self, *transition: np.ndarray) -> None:
         for field, value in zip(self.fields, transition, strict=True):
             field[self.count % CAPACITY] = value
         self.count += 1
@@ -173,7 +173,8 @@ class Memory:
         """A batch for each agent, of shape `[agents, batch, ...]`."""
         size = min(self.count, CAPACITY)
         times = rng.integers(size, size=(len(self.agents), BATCH_SIZE))
-        return Transition(*(field[times, self.agents] for field in self.fields))
+        drawn = (jnp.asarray(field[times, self.agents]) for field in self.fields)
+        return Transition(*drawn)
 
 
 class Run(NamedTuple):
@@ -214,7 +215,7 @@ def train(
         after, reward, terminated, truncated, _ = environment.step(action)
         after = after / OBSERVATION_SCALE
         scaled = REWARD_SCALE * reward
-        memory.add(Transition(observation, action, scaled, after, terminated, ~over))
+        memory.add(observation, action, scaled, after, terminated, ~over)
         observation = after
         total += reward
         over = terminated | truncated
@@ -231,7 +232,8 @@ def train(
             returns.append([np.mean(ends[-10:] or now) for ends, now in recent])
             values.append(np.asarray(value))
     environment.close()
-    return Run(*map(np.asarray, (steps, returns, values)), layer_norms(agents))
+    seen = [np.asarray(rows) for rows in (steps, returns, values)]
+    return Run(seen[0], seen[1], seen[2], layer_norms(agents))
 
 
 def epsilon(progress: float) -> float:

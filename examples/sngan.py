@@ -183,7 +183,7 @@ class Judge:
         images = images.reshape(len(images), -1)
         if not np.all(np.isfinite(images)):
             return Quality(math.inf, math.nan, math.nan, math.nan)
-        probabilities = self.classifier.predict_proba(images)
+        probabilities = np.asarray(self.classifier.predict_proba(images))
         shares = probabilities.mean(axis=0)
         return Quality(
             frechet_distance(self.features(self.train), self.features(images)),
@@ -327,14 +327,18 @@ def train(
     players = first_players(args, seed, constrained=constrained)
     rates = Rates(jnp.asarray(args.generator_rate), jnp.asarray(args.critic_rate))
     rng = np.random.default_rng(seed)
+
+    def draw_noise(count: int) -> Noise:
+        return jnp.asarray(rng.normal(size=(count, LATENT_SIZE)), jnp.float32)
+
     # As many samples as there are digits held out: a Fréchet distance depends on it.
-    shown = rng.normal(size=(len(data.test), LATENT_SIZE)).astype(np.float32)
+    shown = draw_noise(len(data.test))
     steps, losses, bounds, qualities, since = [], [], [], [], []
     images = data.test
     title = f"seed {seed}, {WITH if constrained else WITHOUT}"
     for step in tqdm(range(1, args.steps + 1), desc=title, unit="step", disable=None):
-        real = data.train[rng.choice(len(data.train), BATCH_SIZE, replace=False)]
-        noise = rng.normal(size=(BATCH_SIZE, LATENT_SIZE)).astype(np.float32)
+        batch = rng.choice(len(data.train), BATCH_SIZE, replace=False)
+        real, noise = jnp.asarray(data.train[batch]), draw_noise(BATCH_SIZE)
         players, loss = train_step(players, rates, real, noise)
         since.append(loss)
         if step % (args.steps // args.evaluations) == 0:
@@ -344,7 +348,8 @@ def train(
             since.clear()
             bounds.append(lipschitz_bound(plain(players.critic, players.state)))
             qualities.append(judge(images))
-    return Run(*map(np.asarray, (steps, losses, bounds)), qualities, images)
+    seen = [np.asarray(values) for values in (steps, losses, bounds)]
+    return Run(seen[0], seen[1], seen[2], qualities, images)
 
 
 # --- What is shown -----------------------------------------------------------------

@@ -130,13 +130,13 @@ def test_memory_keeps_the_last(example: ModuleType, monkeypatch: pytest.MonkeyPa
     for time in range(5):
         batch = transitions(example, 2, seed=time)
         agents = np.arange(2)
-        memory.add(batch._replace(action=10 * time + agents, reward=1.0 * agents))
+        memory.add(*batch._replace(action=10 * time + agents, reward=1.0 * agents))
         drawn = memory.sample(rng)
         assert drawn.observation.shape == (2, example.BATCH_SIZE, 4)
         times = range(max(0, time - 2), time + 1)
         for agent in agents:  # each its own, and all that it remembers
-            assert set(drawn.action[agent]) == {10 * t + agent for t in times}
-            assert set(drawn.reward[agent]) == {agent}
+            assert set(drawn.action[agent].tolist()) == {10 * t + agent for t in times}
+            assert set(drawn.reward[agent].tolist()) == {agent}
 
 
 def test_exploration_ends(example: ModuleType):
