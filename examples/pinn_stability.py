@@ -14,7 +14,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,7 +322,7 @@ def draw(results: dict[str, Result], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_errors(ax: Any, results: dict[str, Result], colors: dict[str, str]) -> None:
+def draw_errors(ax: Any, results: dict[str, Result], colors: Mapping[str, str]) -> None:
     for (name, result), (k, style) in itertools.product(
         results.items(), enumerate(("o:", "o-"))
     ):
