@@ -53,7 +53,7 @@ def test_smoke(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert image.startswith(b"\x89PNG")
 
     def row(start: str) -> list[float]:
-        (line,) = re.findall(f"^{re.escape(start)} +(.*)$", printed, re.MULTILINE)
+        (line,) = re.findall(f"^{re.escape(start)}  +(.*)$", printed, re.MULTILINE)
         return [float(x) for x in re.findall(r"-?\d+\.\d+(?:e[+-]\d+)?", line)]
 
     assert row("Linear, normalized") == pytest.approx([1.0], abs=1e-4)
