@@ -66,6 +66,8 @@ class PowerIteration(AbstractEstimator[Any]):
         is a locally optimal block step. With `PowerIteration(num_steps=1,
         block_size=1)` it is the algorithm of Miyato et al. (2018), from a converged
         start.
+        is a locally optimal block step. With 1, and `num_steps=1`, it is the algorithm
+        of Miyato et al. (2018), from a converged start.
     - `init_steps`: steps for the first state; with 0 it is random.
 
     **Cost:** two products of the weight with some vectors per step: `block_size` with
