@@ -63,9 +63,6 @@ class PowerIteration(AbstractEstimator[Any]):
     - `num_steps`: steps at each update.
     - `block_size`: how many singular pairs to carry, cut to the smaller side of each
         weight, and to 2 for each mode of a Fourier layer. With the default of 8 a step
-        is a locally optimal block step. With `PowerIteration(num_steps=1,
-        block_size=1)` it is the algorithm of Miyato et al. (2018), from a converged
-        start.
         is a locally optimal block step. With 1, and `num_steps=1`, it is the algorithm
         of Miyato et al. (2018), from a converged start.
     - `init_steps`: steps for the first state; with 0 it is random.
