@@ -1,5 +1,6 @@
 """Parts without a constrained weight: their Lipschitz constants, from both sides."""
 
+import decimal
 import functools as ft
 import math
 
@@ -93,32 +94,52 @@ def test_constants_of_entrywise_functions(name: str):
     assert np.max(steepness) >= constant * (1 - 1e-3)
 
 
-STATIONARY = {
-    "exact gelu": (math.sqrt(2), (1 + math.erf(1)) / 2 + math.exp(-1) / math.pi**0.5),
-    "gelu": (1.418504008790828, None),
-    "silu": (2.3993572805154668, None),
-    "mish": (1.4905711794854284, None),
+# The same to 50 digits: the places of the largest derivatives, to float precision, at
+# which an error only counts squared.
+PLACES = {
+    "exact gelu": math.sqrt(2),
+    "gelu": 1.418504008790828,
+    "silu": 2.3993572805154668,
+    "mish": 1.4905711794854284,
 }
+PI = decimal.Decimal("3.14159265358979323846264338327950288419716939937511")
 
 
-@pytest.mark.parametrize("name", STATIONARY)
-def test_constants_to_float_precision(name: str):
+def _exact_slope(name: str, x: decimal.Decimal) -> decimal.Decimal:
+    one, two = decimal.Decimal(1), decimal.Decimal(2)
+
+    def tanh(z: decimal.Decimal) -> decimal.Decimal:
+        return 1 - 2 / ((2 * z).exp() + 1)
+
+    sigmoid = 1 / (1 + (-x).exp())
+    if name == "silu":
+        return sigmoid + x * sigmoid * (1 - sigmoid)
+    if name == "mish":
+        t = tanh((1 + x.exp()).ln())
+        return t + x * (1 - t * t) * sigmoid
+    if name == "gelu":
+        scale, cubic = (two / PI).sqrt(), decimal.Decimal("0.044715")
+        t = tanh(scale * (x + cubic * x**3))
+        return (1 + t) / 2 + x / 2 * (1 - t * t) * scale * (1 + 3 * cubic * x * x)
+    assert name == "exact gelu"
+    series = [(-one) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(45)]
+    half_erf = sum(series) / PI.sqrt()
+    return one / 2 + half_erf + (-one).exp() / PI.sqrt()
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_constants_are_rounded_up(name: str):
     function, _ = ENTRYWISE[name]
     constant = snn.lipschitz_constant(function)
-    place, closed_form = STATIONARY[name]
+    assert isinstance(constant, float)
+    with decimal.localcontext() as context:
+        context.prec = 50
+        exact = _exact_slope(name, decimal.Decimal(PLACES[name]))
+        assert 0 <= decimal.Decimal(constant) - exact < math.ulp(constant)
+    # The largest derivative is there.
     slope = jax.grad(function)
-    np.testing.assert_allclose(slope(place), constant, rtol=1e-15)
-    # The derivative has its maximum there.
-    np.testing.assert_allclose(jax.grad(slope)(place), 0, atol=1e-15)
-    if closed_form is not None:
-        np.testing.assert_allclose(constant, closed_form, rtol=4e-16)
-
-
-def test_silu_satisfies_its_equation():
-    half = 2.3993572805154668 / 2
-    np.testing.assert_allclose(half * math.tanh(half), 1, rtol=1e-15)
-    constant = snn.lipschitz_constant(jax.nn.silu)
-    np.testing.assert_allclose((1 + half) / 2, constant, rtol=1e-15)
+    np.testing.assert_allclose(slope(PLACES[name]), constant, rtol=1e-15)
+    np.testing.assert_allclose(jax.grad(slope)(PLACES[name]), 0, atol=1e-15)
 
 
 def test_rounded_constants_are_not_below():
@@ -359,7 +380,6 @@ def test_dtypes_are_kept(dtype):
 # Pooling.
 
 WINDOWS = [
-    {"kernel_size": 1, "stride": 1},
     {"kernel_size": 2, "stride": 2},
     {"kernel_size": 3, "stride": 3, "padding": 1},
     {"kernel_size": 3, "stride": 1, "padding": 1},
@@ -379,7 +399,7 @@ def _one_axis(options):
 def test_average_pooling(options, getkey):
     pool = eqx.nn.AvgPool1d(**_one_axis(options))
     constant = float(snn.lipschitz_constant(pool))
-    norms = [true_norm(_matrix(pool, (1, size))) for size in (12, 400)]
+    norms = [true_norm(_matrix(pool, (1, size))) for size in (12, 300)]
     assert max(norms) <= constant * (1 + 1e-12)
     assert max(norms) >= constant * (1 - 1e-3)
     scaled = snn.ScaledPool(pool)

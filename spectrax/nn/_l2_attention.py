@@ -226,9 +226,7 @@ def _average(
     logits = (2 * points @ points.T - squares[None, :]) / math.sqrt(queries.shape[1])
     if mask is None:
         return jax.nn.softmax(logits, axis=1) @ queries
-    # A point that is not there sees itself, so that no row is empty.
-    seen = mask[None, :] | jnp.eye(len(mask), dtype=bool)
-    weights = jax.nn.softmax(logits, axis=1, where=seen)
+    weights = jax.nn.softmax(logits, axis=1, where=mask[None, :])
     return jnp.where(mask[:, None], weights @ queries, 0)
 
 

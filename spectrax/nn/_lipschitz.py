@@ -40,8 +40,8 @@ def lipschitz_constant(activation: Callable[..., Any]) -> float | Float[Array, "
     | `mish` | 1.08850 |
 
     Also known are `abs`, `sin`, `cos` and `arctan` of `jax.numpy`; `Identity`, `Lambda`,
-    `PReLU` and the average and maximum pools of `equinox.nn`; and what
-    [`spectrax.nn`][] has. Options are given with `functools.partial`, as in
+    `PReLU` and the average and maximum pools of `equinox.nn`; and those of
+    `spectrax.nn`. Options are given with `functools.partial`, as in
     `functools.partial(jax.nn.gelu, approximate=False)`.
 
     **Arguments:**
@@ -177,7 +177,7 @@ _NUMBERS: list[tuple[Callable[..., Any], float]] = [
     (jax.nn.sparse_sigmoid, 0.5),
     (jax.nn.selu, 1.758099340847377),
     # x tanh(x / 2) = 2, and then (1 + x / 2) / 2.
-    (jax.nn.silu, 1.0998393201288672),
+    (jax.nn.silu, 1.099839320128867),
     (jax.nn.hard_silu, 1.5),
     (jax.nn.mish, 1.0884981612517279),
     (jnp.abs, 1.0),
@@ -189,7 +189,7 @@ for _function, _number in _NUMBERS:
     register_lipschitz_constant(_function, _number)
 
 # x = sqrt(2), and then (1 + erf(1)) / 2 + exp(-1) / sqrt(pi).
-EXACT_GELU = 1.1289041451851547
+EXACT_GELU = 1.1289041451851549
 TANH_GELU = 1.1289930686587719
 
 

@@ -69,14 +69,15 @@ class SpectralNeuralOperator(eqx.Module):
     ):
         sizes = (input_dim, *hidden_dims, output_dim)
         _check_sizes(sizes, num_heads if use_attention else None, activation)
-        network = _Network(sizes, num_heads, activation, use_attention, key=key)
+        weights_key, starts_key = jr.split(key)
+        network = _Network(sizes, num_heads, activation, use_attention, key=weights_key)
         bound = LearnableBound if use_adaptive_bounds else Normalize
         self.network = wrap(
             network,
             where=lambda network: [network.layers, network.blocks][: 1 + use_attention],
             constraint=[bound(initial_bound), Normalize()][: 1 + use_attention],
             estimator=estimator,
-            key=key,
+            key=starts_key,
         )
 
     def __call__(
@@ -280,6 +281,7 @@ def _block(num_heads: int, size: int, key: PRNGKeyArray) -> ResidualAverage:
 
 
 def _bound_of_block(block: ResidualAverage) -> Float[Array, ""]:
+    assert isinstance(block.layer, _ScaledAttention)
     bound = block.layer.attention.weights_bound()
     weight = block.weight().astype(bound.dtype)
     return up((1 - weight) + weight * bound)
