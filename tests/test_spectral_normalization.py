@@ -127,3 +127,16 @@ def test_cells(maker: ModuleType):
         ("code", "def step_1_a(settings):\n    return settings"),
         ("code", "step_1_a(Settings())"),
     ]
+
+
+def test_new_text_keeps_the_outputs(maker: ModuleType):
+    old, new, other = (
+        maker.notebook(f"# %% [markdown]\n# {text}\n\n# %%\n{code}\n")
+        for text, code in [("Old.", "x = 1"), ("New.", "x = 1"), ("New.", "x = 2")]
+    )
+    old["cells"][2]["outputs"] = ["something"]
+    assert maker.same_code(old, new)
+    assert not maker.same_code(old, other)
+    made = maker.with_outputs(new, old)
+    assert made["cells"][1]["source"] == "New."
+    assert made["cells"][2]["outputs"] == ["something"]

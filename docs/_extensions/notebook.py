@@ -2,7 +2,8 @@
 
 The example has cells, each opened by a line `# %%`, or `# %% [markdown]` for text in
 comments. A function `step_...` gets a cell that calls it. What stands before the first
-cell, and cells opened by `# %% [script]`, are of no use in a notebook.
+cell, and cells opened by `# %% [script]`, are of no use in a notebook. If only the text
+has changed since the last time nothing is run, unless with `--again`.
 
     pip install ".[notebook]"
     python docs/_extensions/notebook.py examples/spectral_normalization.py
@@ -61,6 +62,25 @@ def run(unrun: dict[str, Any]) -> dict[str, Any]:
     return json.loads(nbformat.writes(made))
 
 
+def same_code(made: dict[str, Any], other: dict[str, Any]) -> bool:
+    codes = [
+        # A file has a list of lines where a notebook that was just made has one string.
+        ["".join(cell["source"]) for cell in each["cells"] if "outputs" in cell]
+        for each in (made, other)
+    ]
+    return codes[0] == codes[1]
+
+
+def with_outputs(unrun: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A notebook with the outputs of one that has run, of the same code."""
+    done = iter([cell for cell in made["cells"] if cell["cell_type"] == "code"])
+    cells = [
+        {**next(done), "id": cell["id"]} if cell["cell_type"] == "code" else cell
+        for cell in unrun["cells"]
+    ]
+    return {**made, "cells": cells}
+
+
 def page(made: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
     """The notebook as Markdown, and its pictures by their file names."""
     blocks, pictures = [], {}
@@ -93,13 +113,19 @@ def page(made: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("script", type=Path)
-    script = parser.parse_args().script
-    made = run(notebook(script.read_text()))
+    parser.add_argument("--again", action="store_true", help="run even the same code")
+    args = parser.parse_args()
+    script, again = args.script, args.again
     docs = ROOT / "docs"
+    file = docs / "examples" / f"{script.stem}.ipynb"
+    file.parent.mkdir(exist_ok=True)
+    unrun = notebook(script.read_text())
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before is not None and same_code(before, unrun) and not again:
+        made = with_outputs(unrun, before)
+    else:
+        made = run(unrun)
     text, pictures = page(made, script.stem)
-    folder = docs / "examples"
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{script.stem}.ipynb"
     file.write_text(json.dumps(made, indent=1) + "\n")
     file.with_suffix(".md").write_text(text)
     for name, picture in pictures.items():
