@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from ._constraints import AbstractConstraint
 from ._norms import AbstractEstimator
 from ._operators import as_operator, Operator
+from ._rules import WeightRule
 from ._select import rule_at
 from ._tree import follow, Path
 
@@ -76,21 +77,31 @@ def site_operators(module: PyTree, site: Site) -> tuple[Operator, int]:
     return over_stack(build, depth)(follow(module, site.path)), depth
 
 
-def site_view(module: PyTree, site: Site) -> tuple[Callable[[Array], Operator], int]:
-    """From one weight of a site's stack to its operator, and the number of stacked
-    axes.
+class WeightView(eqx.Module):
+    """From one weight of a site's stack to its operator. A pytree, and not a closure,
+    so that what is compiled for it is found again.
     """
+
+    layer: Any
+    rule: WeightRule
+    view: View | None = eqx.field(static=True)
+    input_size: tuple[int, ...] | None = eqx.field(static=True)
+
+    def __call__(self, weight: Array) -> Operator:
+        """How the weight acts."""
+        if self.view is not None:
+            return as_operator(self.view(weight))
+        return self.rule.view(self.layer, weight, self.input_size)
+
+
+def site_view(module: PyTree, site: Site) -> tuple[WeightView, int]:
+    """A site's view, and the number of stacked axes."""
     weight = follow(module, site.path)
     layer, rule = rule_at(module, site.path)
-
-    def build(weight: Array) -> Operator:
-        if site.view is not None:
-            return as_operator(site.view(weight))
-        return rule.view(layer, weight, site.input_size)
-
     # An array of no known layer may have any number of axes if the view says so.
     strange = layer is None and site.view is not None
-    return build, 0 if strange else rule.stack_ndim(layer, weight)
+    depth = 0 if strange else rule.stack_ndim(layer, weight)
+    return WeightView(layer, rule, site.view, site.input_size), depth
 
 
 def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:

@@ -170,3 +170,18 @@ def test_layers_of_one_shape_share_their_programs(getkey, compiled):
 
     assert compiled(lambda: use(one)) != []
     assert compiled(lambda: use(deep)) == []
+
+
+def test_certified_weights_share_their_programs(getkey, compiled):
+    """Equal layers, and calls with other weights, are proven by one program."""
+    net = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(2)]
+    model, state = wrap(net)
+    other = perturbed(model, getkey())
+
+    def certify(model: spectrax.Wrapped) -> Any:
+        return spectrax.unwrap(model, state, certified=True)
+
+    jax.clear_caches()
+    proofs = [text for text in compiled(lambda: certify(model)) if "_certified" in text]
+    assert len(proofs) == 1
+    assert compiled(lambda: certify(other)) == []
