@@ -38,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most modules are compiled without most of XLA's optimizations, which saves a
-    quarter of the suite's time. Those that test rounding, the compiled program or what
-    users see say `OPTIMIZED = True`.
+    quarter of the suite's time. Those that test rounding or the compiled program, and
+    the main example, say `OPTIMIZED = True`.
 
     At the end, frees what a module compiled: each program holds maps of memory, of
     which a process may have only so many, and the compiler aborts when they run out.

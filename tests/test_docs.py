@@ -14,7 +14,6 @@ import pytest
 import spectrax
 
 
-OPTIMIZED = True  # see conftest.py
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Inexact, Int, PRNGKeyArray
 
-from .._custom_types import DType, LinearOperator, Rows
+from .._custom_types import LinearOperator, Rows
 from .._linalg import svd
 from .._operators import accumulation_dtype, adjoint_rows, apply_rows
-from ._rows import inner, matmul, normalize_rows, random_rows
+from ._rows import inner, matmul, normalize_rows
 
 
 class GolubKahan(eqx.Module):
@@ -57,14 +57,15 @@ def leading_triplets(
     dtype = accumulation_dtype(operator)
     apply = ft.partial(apply_rows, operator)
     adjoint = ft.partial(adjoint_rows, operator)
+    # Random numbers take longer to compile than all the rest: they are drawn once.
+    both = jr.normal(key, (1, out_size + in_size), dtype)
+    left, right = (normalize_rows(part)[0] for part in jnp.split(both, [out_size], 1))
     if out_size >= in_size:
-        process = _Process(apply, adjoint, key)
-        return process.run(
-            out_size, in_size, dtype, count, basis_size, max_cycles, rtol
-        )
+        process = _Process(apply, adjoint, left, right)
+        return process.run(count, basis_size, max_cycles, rtol)
     # The right basis lives in the smaller space, so that it can become complete.
-    process = _Process(adjoint, apply, key)
-    found = process.run(in_size, out_size, dtype, count, basis_size, max_cycles, rtol)
+    process = _Process(adjoint, apply, right, left)
+    found = process.run(count, basis_size, max_cycles, rtol)
     return Triplets(found.sigma, found.v, found.u, found.residual)
 
 
@@ -72,21 +73,17 @@ def leading_triplets(
 class _Process:
     apply: Callable[[Rows], Rows]
     adjoint: Callable[[Rows], Rows]
-    key: PRNGKeyArray
+    # Random unit vectors. Shifted cyclically they are as random, and independent: where
+    # a fresh direction is needed, one of those is taken.
+    random_left: Inexact[Array, "1 out"]
+    random_right: Inexact[Array, "1 in"]
 
     def run(
-        self,
-        out_size: int,
-        in_size: int,
-        dtype: DType,
-        count: int,
-        basis_size: int,
-        max_cycles: int,
-        rtol: float,
+        self, count: int, basis_size: int, max_cycles: int, rtol: float
     ) -> Triplets:
-        size = min(basis_size, in_size)
+        size = min(basis_size, self.random_right.size)
         keep = min(max(count, size // 3), size - 1)
-        bases = self.extend(self.empty(out_size, in_size, size, dtype), 0, 0)
+        bases = self.extend(self.empty(size), 0, 0)
         if max_cycles > 1 and keep > 0:
             bases = self.restart(bases, keep, max_cycles, rtol)
         values, (left, right), residual = _ritz(bases)
@@ -97,17 +94,17 @@ class _Process:
             residual * bases.scale,
         )
 
-    def empty(self, out_size: int, in_size: int, size: int, dtype: DType) -> GolubKahan:
-        start = random_rows(self.key, 1, in_size, dtype)
+    def empty(self, size: int) -> GolubKahan:
+        left, right = self.random_left, self.random_right
         # One product tells the scale at which squares and products neither overflow nor
         # vanish; everything below is relative to it.
-        _, length = normalize_rows(self.apply(start))
+        _, length = normalize_rows(self.apply(right))
         scale = jnp.where((length[0] > 0) & jnp.isfinite(length[0]), length[0], 1)
         return GolubKahan(
-            left=jnp.zeros((size, out_size), dtype),
-            right=jnp.zeros((size, in_size), dtype),
-            projection=jnp.zeros((size, size), dtype),
-            next_right=start[0],
+            left=jnp.zeros((size, left.size), left.dtype),
+            right=jnp.zeros((size, right.size), right.dtype),
+            projection=jnp.zeros((size, size), right.dtype),
+            next_right=right[0],
             next_norm=jnp.zeros((), scale.dtype),
             scale=scale,
         )
@@ -117,20 +114,23 @@ class _Process:
     ) -> GolubKahan:
         """Fills the bases from row `start` on."""
         scale = bases.scale.astype(bases.right.dtype)
+        size = bases.left.shape[0]
 
         def body(j: Int[Array, ""], bases: GolubKahan) -> GolubKahan:
-            left_key, right_key = jr.split(jr.fold_in(jr.fold_in(self.key, cycle), j))
+            shift = cycle * size + j + 1
+            fresh_left = jnp.roll(self.random_left, shift, axis=1)
+            fresh_right = jnp.roll(self.random_right, shift, axis=1)
             right = bases.right.at[j].set(bases.next_right)
             image = self.apply(bases.next_right[None]) / scale
-            u, alpha, column = _orthogonalize(left_key, image, bases.left)
+            u, alpha, column = _orthogonalize(fresh_left, image, bases.left)
             left = bases.left.at[j].set(u)
             column = column.at[j].set(alpha.astype(column.dtype))
             projection = bases.projection.at[:, j].set(column)
             image = self.adjoint(u[None]) / scale
-            v, beta, _ = _orthogonalize(right_key, image, right)
+            v, beta, _ = _orthogonalize(fresh_right, image, right)
             return GolubKahan(left, right, projection, v, beta, bases.scale)
 
-        return lax.fori_loop(start, bases.left.shape[0], body, bases)
+        return lax.fori_loop(start, size, body, bases)
 
     def restart(
         self, bases: GolubKahan, keep: int, max_cycles: int, rtol: float
@@ -152,11 +152,11 @@ class _Process:
 
 
 def _orthogonalize(
-    key: PRNGKeyArray, row: Inexact[Array, "1 n"], basis: Rows
+    fresh: Inexact[Array, "1 n"], row: Inexact[Array, "1 n"], basis: Rows
 ) -> tuple[Inexact[Array, " n"], Float[Array, ""], Inexact[Array, " size"]]:
     """The unit vector, length and coefficients of `row` relative to `basis`.
 
-    If nothing is left of `row`, the length is zero and the vector a random one: an
+    If nothing is left of `row`, the length is zero and the vector made of `fresh`: an
     invariant subspace was found, and the search goes on outside it. That is how
     repeated singular values are all found.
     """
@@ -165,7 +165,6 @@ def _orthogonalize(
     _, length = normalize_rows(rest)
     tiny = 100 * float(jnp.finfo(rest.dtype).eps)
     exhausted = length[0] <= tiny
-    fresh = random_rows(key, 1, row.shape[1], row.dtype)
     fresh, _ = _project_out(fresh, basis)
     direction, _ = normalize_rows(jnp.where(exhausted, fresh, rest))
     # Once more, as what was left may have been small.

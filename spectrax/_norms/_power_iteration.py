@@ -31,7 +31,7 @@ from ._lattice_power import (
     LatticePowerState,
 )
 from ._power import leading_residual, leading_value, power_step, PowerState, RowState
-from ._rows import keep_where, random_rows, stop_gradient
+from ._rows import random_rows, stop_gradient
 
 
 # As with `OperatorLike`: a wrong one gets a message of ours.
@@ -106,9 +106,6 @@ def _init(
     in_size, out_size = operator.in_size(), operator.out_size()
     block = min(block_size, in_size, out_size)
     dtype = accumulation_dtype(operator)
-    u_key, v_key, key = jr.split(key, 3)
-    u = random_rows(u_key, block, out_size, dtype)
-    v = random_rows(v_key, block, in_size, dtype)
     if num_steps > 0:
         found = leading_triplets(
             operator,
@@ -119,8 +116,12 @@ def _init(
             rtol=0.0,
         )
         finite = jnp.all(jnp.isfinite(found.u)) & jnp.all(jnp.isfinite(found.v))
-        u = keep_where((found.sigma > 0) & finite, found.u, u)
-        v = keep_where((found.sigma > 0) & finite, found.v, v)
+        u = jnp.where(finite, found.u, jnp.eye(block, out_size, dtype=dtype))
+        v = jnp.where(finite, found.v, jnp.eye(block, in_size, dtype=dtype))
+    else:
+        u_key, v_key = jr.split(key)
+        u = random_rows(u_key, block, out_size, dtype)
+        v = random_rows(v_key, block, in_size, dtype)
     momentum = jnp.zeros_like(v) if block > 1 else None
     return _to_public(operator, RowState(u, v, momentum))
 
