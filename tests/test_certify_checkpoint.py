@@ -1,6 +1,5 @@
 """The certificate of a checkpoint: its readers, its table, and that it can fail."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -9,40 +8,28 @@ from types import ModuleType
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import ml_dtypes
 import numpy as np
 import pytest
 
+from .scripts import example_script, EXAMPLES, load
+
 
 OPTIMIZED = True  # see conftest.py
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def certify() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield load("certify_checkpoint")
-    jax.config.update("jax_enable_x64", strict)
+    with example_script("certify_checkpoint") as module:
+        yield module
 
 
 @pytest.fixture
 def training() -> ModuleType:
-    return load("train_checkpoint")
+    return load(EXAMPLES / "train_checkpoint.py")
 
 
 # --- The whole ---------------------------------------------------------------------

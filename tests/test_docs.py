@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import pytest
 
 import spectrax
+
+from .scripts import ordinary_settings
 
 
 ROOT = Path(__file__).parents[1]
@@ -78,22 +79,12 @@ def texts() -> list[Text]:
     return [text for text in [*pages, *documented] if blocks(text.text)]
 
 
-@pytest.fixture
-def ordinary_settings() -> Iterator[None]:
-    """Those of a user who has set nothing; the other tests have stricter ones."""
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-    jax.config.update("jax_enable_x64", strict)
-
-
-@pytest.mark.usefixtures("ordinary_settings")
 @pytest.mark.parametrize("text", texts(), ids=lambda text: text.name)
 def test_code_runs(text: Text):
     namespace: dict[str, Any] = {"__name__": "snippet"}
-    for block in blocks(text.text):
-        exec(compile(block, text.file, "exec"), namespace)
+    with ordinary_settings():
+        for block in blocks(text.text):
+            exec(compile(block, text.file, "exec"), namespace)
 
 
 def test_fences_are_recognised():

@@ -1,31 +1,20 @@
 """The example of Darcy flow: its data are solutions, it runs, its check can fail."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import numpy as np
 import pytest
 
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fno_darcy.py"
+from .scripts import example_script
 
 
 @pytest.fixture
 def darcy() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    spec = importlib.util.spec_from_file_location("fno_darcy", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with example_script("fno_darcy") as module:
         yield module
-    jax.config.update("jax_enable_x64", strict)
 
 
 def test_solver_on_a_constant_coefficient(darcy: ModuleType):

@@ -2,7 +2,6 @@
 solves, and its derivatives through the norms are right.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,31 +16,21 @@ import pytest
 
 import spectrax
 
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pinn_stability.py"
+from .scripts import EXAMPLES, load, ordinary_settings
 
 
 @pytest.fixture
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pinn_stability", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(EXAMPLES / "pinn_stability.py")
 
 
 @pytest.fixture
-def ordinary_settings() -> Iterator[None]:
-    """Those of a user who has set nothing."""
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+def as_a_user() -> Iterator[None]:
+    with ordinary_settings():
         yield
-    jax.config.update("jax_enable_x64", strict)
 
 
-@pytest.mark.usefixtures("ordinary_settings")
+@pytest.mark.usefixtures("as_a_user")
 def test_smoke(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "made" / "by the example"
     example.main(["--smoke", "--out", str(out)])

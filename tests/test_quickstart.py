@@ -1,7 +1,6 @@
 """The main example: it runs, shows its figure, and its checks can fail."""
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +11,17 @@ import pytest
 
 from spectrax import SummaryRow
 
+from .scripts import example_script
+
 
 OPTIMIZED = True  # see conftest.py
-EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 @pytest.fixture
 def quickstart() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with example_script("quickstart") as module:
         yield module
-    jax.config.update("jax_enable_x64", strict)
 
 
 def row(true_norm: float | None, bound: float = 1.0) -> SummaryRow:

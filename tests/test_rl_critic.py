@@ -1,35 +1,24 @@
 """The example of Q-learning: it learns from what it should, and normalizes as told."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 import pytest
 
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "rl_critic.py"
+from .scripts import example_script
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    spec = importlib.util.spec_from_file_location("rl_critic", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with example_script("rl_critic") as module:
         yield module
-    jax.config.update("jax_enable_x64", strict)
 
 
 def test_smoke(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

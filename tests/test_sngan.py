@@ -1,6 +1,5 @@
 """The GAN's example: it runs, and what it measures is what it says."""
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,23 +15,14 @@ import scipy.linalg
 
 import spectrax
 
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sngan.py"
+from .scripts import example_script
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    spec = importlib.util.spec_from_file_location("sngan", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with example_script("sngan") as module:
         yield module
-    jax.config.update("jax_enable_x64", strict)
 
 
 def dense_norm(layer: eqx.nn.Conv2d | eqx.nn.Linear, *shape: int) -> float:

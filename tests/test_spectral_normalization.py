@@ -1,7 +1,6 @@
 """The six steps: they run, their promises can be broken, and the notebook is theirs."""
 
 import base64
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,29 +12,19 @@ import jax
 import numpy as np
 import pytest
 
+from .scripts import example_script, EXAMPLES, load
+
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "spectral_normalization.py"
+EXAMPLE = EXAMPLES / "spectral_normalization.py"
 NOTEBOOK = ROOT / "docs" / "examples" / "spectral_normalization.ipynb"
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def example() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield load(EXAMPLE)
-    jax.config.update("jax_enable_x64", strict)
+    with example_script("spectral_normalization") as module:
+        yield module
 
 
 @pytest.fixture

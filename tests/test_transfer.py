@@ -1,6 +1,5 @@
 """The example of transfer learning: it runs, and its checks can fail."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,23 +11,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "transfer.py"
+from .scripts import example_script
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
     """The example as a module, under the settings of a user who has set none."""
-    spec = importlib.util.spec_from_file_location("transfer", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    strict = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_enable_x64", False)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with example_script("transfer") as module:
         yield module
-    jax.config.update("jax_enable_x64", strict)
 
 
 def test_smoke(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

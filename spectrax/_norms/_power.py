@@ -38,8 +38,8 @@ class PowerState(eqx.Module):
 
     For an operator between pytrees, each field is a pytree of such arrays. For a
     Fourier multiplier, each has an axis for the modes in front, and the pairs are those
-    of each mode's matrix: `u` is `[modes, block, out]`. Arrays are
-    of the operator's dtype, or float32 if that is narrower.
+    of each mode's matrix: `u` is `[modes, block, out]`. Arrays are of the operator's
+    dtype, or float32 if that is narrower.
     """
 
     u: StructuredRows

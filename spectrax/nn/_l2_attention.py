@@ -36,8 +36,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._enclosures import enclose_norm
-from .._enclosures._rounding import up
+from .._enclosures import enclose_norm, up
 
 
 class L2MultiheadAttention(eqx.Module):

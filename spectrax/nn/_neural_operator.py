@@ -21,8 +21,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._constraints import LearnableBound, Normalize
-from .._enclosures import enclose_norm
-from .._enclosures._rounding import up
+from .._enclosures import enclose_norm, up
 from .._norms import AbstractEstimator, PowerIteration
 from .._wrap import unwrap, wrap, Wrapped
 from ._activations import max_min
