@@ -1,6 +1,7 @@
 from typing import Any, TypeAlias
 
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Inexact, PyTree
 
 
@@ -12,3 +13,6 @@ Rows: TypeAlias = Inexact[Array, "_ _"]
 StructuredRows: TypeAlias = PyTree[Inexact[Array, "block ..."]]
 
 DType: TypeAlias = Any
+
+# For code that runs on NumPy's arrays as on JAX's.
+AnyArray: TypeAlias = Array | np.ndarray | np.generic

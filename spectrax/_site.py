@@ -48,7 +48,8 @@ def init_site(
     """
     operators, depth = site_operators(module, site)
     estimate = _init(site.estimator, operators, key, depth)
-    constraint = constraint.init(_sigma(site.estimator, operators, estimate, depth))
+    sigma = over_stack(site.estimator.sigma, depth)(operators, estimate)
+    constraint = constraint.init(sigma)
     if constraint.trainable:
         return SiteState(estimate, None), constraint
     return SiteState(estimate, constraint), None
@@ -111,14 +112,14 @@ def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
     return function
 
 
-# Compiled even where the caller is not, as these are many small operations.
-@eqx.filter_jit
+# Not compiled as a whole: of a convolution it is found without a compiler.
 def _init(
     estimator: AbstractEstimator, operators: Operator, key: PRNGKeyArray, depth: int
 ) -> PyTree:
     return over_stack(ft.partial(estimator.init, key=key), depth)(operators)
 
 
+# Compiled even where the caller is not, as these are many small operations.
 @eqx.filter_jit
 def _advance(
     estimator: AbstractEstimator,

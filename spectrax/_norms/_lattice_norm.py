@@ -8,7 +8,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Complex, Float, Inexact, PyTree
 
 from .._operators import LatticeConvolution
-from ._lattice_power import init_lattice_state
+from ._lattice_power import init_lattice_state, leading_frequency
 from ._rows import stop_gradient
 from ._triplet import (
     differentiable_norm,
@@ -19,9 +19,9 @@ from ._triplet import (
 
 
 # The search for the frequency, from a cold start. On kernels of small integers, which
-# have flat maxima, 32 steps end within 2e-4 of the supremum and these within 5e-7.
-_BLOCK_SIZE = 4
-_NUM_STEPS = 128
+# have flat maxima, CHECK
+_BLOCK_SIZE = 8
+_NUM_STEPS = 64
 
 
 def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:
@@ -60,8 +60,7 @@ def _best_frequencies(
     """Where each group's `sigma(F(w))` is largest, found by power iteration."""
     operator = stop_gradient(operator)
     state = init_lattice_state(operator, find.key, _BLOCK_SIZE, _NUM_STEPS)
-    leading = jax.vmap(lambda w, leader: w[leader])(state.frequency, state.leader)
-    return stop_gradient(leading)
+    return stop_gradient(leading_frequency(state))
 
 
 @_best_frequencies.def_jvp

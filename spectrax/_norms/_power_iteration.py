@@ -4,6 +4,7 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -100,6 +101,8 @@ def init_power_state(
     return stop_gradient(_init(operator, key, block_size, num_steps))
 
 
+# Compiled even where the caller is not, as these are many small operations.
+@eqx.filter_jit
 def _init(
     operator: LinearOperator, key: PRNGKeyArray, block_size: int, num_steps: int
 ) -> PowerState:
@@ -309,13 +312,12 @@ def _checked_lattice_state(
             f"convolution at every input size; got {type(state).__name__}. Make it "
             "with `spectrax.init_power_state(operator)`."
         )
-    groups, out, in_ = operator.kernel.shape[:3]
-    expected = (groups, out), (groups, in_), (groups, operator.dim)
-    u, v = state.u.shape, state.v.shape
-    got = (u[0], u[-1]), (v[0], v[-1]), state.frequency.shape[::2]
+    groups, _, in_ = operator.kernel.shape[:3]
+    expected = (groups, in_), (groups, operator.dim)
+    got = state.pair.shape[::3], state.frequency.shape[::2]
     if got != expected:
         raise ValueError(
-            "expected `state` to have (groups, out), (groups, in) and (groups, dim) "
+            "expected `state` to have (groups, in) and (groups, dim) "
             f"{expected}, those of the convolution, got {got}. Make the state with "
             "`spectrax.init_power_state(operator)` for an operator of this shape."
         )

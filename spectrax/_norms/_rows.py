@@ -20,9 +20,13 @@ from .._linalg import inverse_cholesky
 _Tree = TypeVar("_Tree")
 
 
+def _is_differentiable(x: object) -> bool:
+    return isinstance(x, jax.Array) and eqx.is_inexact_array(x)
+
+
 def stop_gradient(tree: _Tree) -> _Tree:
-    """`lax.stop_gradient` on the arrays of any pytree."""
-    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    """`lax.stop_gradient` on the arrays of any pytree; NumPy's have no derivative."""
+    arrays, rest = eqx.partition(tree, _is_differentiable)
     return eqx.combine(lax.stop_gradient(arrays), rest)
 
 

@@ -136,6 +136,8 @@ def _dilate(kernel: Array, axis: int, dilation: int) -> Array:
 def _fold_stride(kernel: Array, axis: int, stride: int) -> Array:
     """Writes tap `t = stride * a + r` as tap `a` of input channel `(channel, r)`."""
     extent = kernel.shape[axis]
+    # A short kernel has no tap at some remainders.
+    stride = min(stride, extent)
     blocks = math.ceil(extent / stride)
     pad = [(0, 0)] * kernel.ndim
     pad[axis] = (0, blocks * stride - extent)
