@@ -1,14 +1,20 @@
 """What users call: both ends of a norm, with the proof behind each."""
 
+import math
+
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._norms._rows import stop_gradient
 from .._operators import as_operator, LatticeConvolution, Operator, OperatorLike
 from ._enclose import Effort, enclose
+from ._lattice_proof import enclose_kernel
 from ._rounding import working_dtype
 
 
@@ -100,14 +106,63 @@ def enclose_norm(
         print(spectrax.enclose_norm(spectrax.layer_operator(conv)))
         ```
     """
-    operator = stop_gradient(as_operator(operator))
+    operator = as_operator(operator)
     if rtol is not None and not rtol > 0:
         raise ValueError(f"expected `rtol` to be positive, got {rtol}.")
     if max_steps < 1:
         raise ValueError(f"expected `max_steps` to be positive, got {max_steps}.")
     width = _default_width(operator) if rtol is None else rtol
+    if isinstance(operator, LatticeConvolution) and in_memory(operator.kernel):
+        return _enclose_in_memory(operator, width)
     key = jr.key(0) if key is None else key
-    return _enclosure(operator, key, width, max_steps, materialise)
+    return _enclosure(stop_gradient(operator), key, width, max_steps, materialise)
+
+
+def in_memory(array: Array | np.ndarray) -> bool:
+    """Whether all entries are there to be looked at: not while JAX traces a function,
+    and not if some are on the devices of other processes.
+    """
+    if isinstance(array, np.ndarray):
+        return True
+    return not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
+
+
+def _enclose_in_memory(operator: LatticeConvolution, width: float) -> Enclosure:
+    """At every input size, without a compiled program."""
+    lower, upper = enclose_kernel(np.asarray(operator.kernel), width)
+    upper = _up(upper * operator.gain) if operator.gain != 1 else upper
+    dtype = np.dtype(working_dtype())
+    finfo = np.finfo(dtype)
+    if math.isnan(upper):
+        result = lx.RESULTS.nonfinite_input
+    else:
+        if upper > 0:
+            upper = max(upper, float(finfo.tiny))
+        lower = min(lower, float(finfo.max))
+        # Below the smallest normal number, JAX may take any number for zero.
+        lower = 0.0 if lower < 2 * float(finfo.tiny) else lower
+        lower, upper = (
+            _rounded(lower, -math.inf, dtype),
+            _rounded(upper, math.inf, dtype),
+        )
+        narrow = upper - lower <= width * upper + float(finfo.tiny)
+        reached = narrow and math.isfinite(upper)
+        result = lx.RESULTS.successful if reached else lx.RESULTS.max_steps_reached
+    # A conversion by `jax.numpy` would be compiled.
+    lower, upper = (jax.device_put(np.asarray(end, dtype)) for end in (lower, upper))
+    return Enclosure(lower, upper, result)
+
+
+def _rounded(value: float, toward: float, dtype: np.dtype) -> float:
+    """To a number of this dtype, on the given side."""
+    with np.errstate(over="ignore"):
+        rounded = dtype.type(value)
+    past = float(rounded) < value if toward > 0 else float(rounded) > value
+    return float(np.nextafter(rounded, dtype.type(toward)) if past else rounded)
+
+
+def _up(value: float) -> float:
+    return math.nextafter(value, math.inf)
 
 
 # Compiled even where the caller is not, as these are many small operations.
