@@ -187,6 +187,9 @@ def test_under_vmap_and_in_float32(getkey):
     for i, kernel in enumerate(kernels):
         box = enclose(kernel)
         assert box.lower.dtype == box.upper.dtype == jnp.float32
+        # Rounded outward.
+        lower, upper = enclose_kernel(np.asarray(kernel), 1e-2)
+        assert float(box.lower) <= lower <= upper <= float(box.upper)
         truth = truth_of(np.asarray(kernel, np.float64))
         assert float(box.lower) <= truth * (1 + 1e-5)
         assert max(truth, float(stacked.lower[i])) <= float(box.upper)
@@ -399,6 +402,23 @@ def test_a_coarse_dtype_is_proven_as_it_is_stored(monkeypatch):
         weight = jr.normal(jr.key(0), (16, 16, 3)).astype(dtype)
         assert norm_of(certified(weight, spectrax.Normalize(2.0))) <= 2
         assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_scale_that_is_too_large_is_taken_back(dtype):
+    """As that of a constraint of one's own, or of rounding that goes the wrong way."""
+    weight = jr.normal(jr.key(0), (16, 16, 3)).astype(dtype)
+
+    def build(weight: jax.Array) -> spectrax.LatticeConvolution:
+        return spectrax.LatticeConvolution(weight[None], 1.0)
+
+    kernel = np.asarray(weight).astype(float)[None]
+    upper = enclose_kernel(kernel, 1e-2)[1]
+    raw = _certify_kernel._Raw(weight, kernel, upper)
+    for factor in (1.0, 1.02, 5.0):
+        stored = _certify_kernel._certified(build, raw, factor / upper, 1.0)
+        assert stored.dtype == dtype
+        assert 0.97 <= norm_of(jnp.asarray(stored)) <= 1
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
