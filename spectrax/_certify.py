@@ -4,14 +4,16 @@ import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
+from ._certify_kernel import certified_kernels, NO_PROOF
 from ._constraints import AbstractConstraint, apply_scale
-from ._enclosures import check_provable, enclose_norm
+from ._enclosures import check_provable, enclose_norm, in_memory
 from ._norms import stop_gradient
-from ._operators import Operator
+from ._operators import LatticeConvolution, Operator
 from ._site import over_stack, Site, site_norm, site_view, SiteState
 from ._tree import follow, path_string
 
@@ -23,17 +25,22 @@ def certified_site_weight(
     module: PyTree, site: Site, state: SiteState, constraint: AbstractConstraint
 ) -> Inexact[Array, "..."]:
     """A site's constrained weight, or the whole stack of them, with proof."""
-    scale = constraint.scale(site_norm(module, site, state))
-    bound = jnp.broadcast_to(constraint.target(), scale.shape)
     weight = follow(module, site.path)
     build, depth = site_view(module, site)
-    one = weight[(0,) * depth]
+    one = jax.ShapeDtypeStruct(weight.shape[depth:], weight.dtype)
     try:
-        check_provable(eqx.filter_eval_shape(build, one))
+        operator = eqx.filter_eval_shape(build, one)
+        check_provable(operator)
     except ValueError as error:
         raise ValueError(
             f"`{path_string(site.path)}` cannot be certified: {error}"
         ) from error
+    target = constraint.target()
+    concrete = in_memory(weight) and in_memory(target)
+    if concrete and isinstance(operator, LatticeConvolution):
+        return certified_kernels(build, depth, weight, constraint)
+    scale = constraint.scale(site_norm(module, site, state))
+    bound = jnp.broadcast_to(target, scale.shape)
     return _certified(build, depth, weight, scale, bound)
 
 
@@ -84,9 +91,4 @@ def certified_weight(
 
     start = weight, scale, jnp.zeros((), bool), jnp.asarray(0)
     candidate, _, proven, _ = lax.while_loop(unfinished, attempt, start)
-    return eqx.error_if(
-        candidate,
-        ~proven,
-        "expected weights whose norm can be proven to be within the bound, got one for "
-        "which no proof was found: it has a NaN or an infinity, or its bound is zero.",
-    )
+    return eqx.error_if(candidate, ~proven, NO_PROOF)
