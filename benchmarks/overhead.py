@@ -3,8 +3,9 @@ memory.
 
 Ratios to the plain step (Adam, all weights trained), the plain one twice to show the
 noise. Rows: MLPs of four square layers, as width/batch; a convolutional net (seven 3x3
-convolutions of 64 to 256 channels on 32x32 images, batch 32); self-attention (256
-features, 8 heads, 64 tokens, batch 16). `shared` advances once and has two forward
+convolutions of 64 to 256 channels on 32x32 images, batch 32); the critic of SN-GAN and
+ResNet-18 (32x32 images, batch 32; a third of the rounds); self-attention (256 features,
+8 heads, 64 tokens, batch 16). `shared` advances once and has two forward
 passes, beside a plain step with two. `forward` is inference through `unwrap`.
 
     python benchmarks/overhead.py [--json FILE] [--rounds 12] [--only 256/64 conv ...]
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree
+from networks import call, resnet18, sngan_critic, with_peers
 from rotation import Loop, plain_forward, rotate, train_loop, wrapped_forward
 
 import spectrax
@@ -44,10 +46,7 @@ class _Chain(eqx.Module):
         for i, layer in enumerate(self.layers):
             if i + 1 == len(self.layers) and self.convolutional:
                 x = x.mean(axis=(1, 2))
-            if isinstance(layer, eqx.nn.SpectralNorm):
-                y, state = layer(x, state)
-            else:
-                y = layer(x)
+            y, state = call(layer, x, state)
             if i + 1 < len(self.layers):
                 y = jax.nn.relu(y)
                 y = y + x if self.convolutional and y.shape == x.shape else y
@@ -76,15 +75,6 @@ def _conv_net(key: PRNGKeyArray) -> _Chain:
         for (i, o, s), k in zip(_CONVOLUTIONS, keys, strict=False)
     ]
     return _Chain([*layers, eqx.nn.Linear(256, 10, key=keys[-1])], convolutional=True)
-
-
-def _peer(net: _Chain) -> _Chain:
-    keys = jr.split(jr.key(1), len(net.layers))
-    layers = [
-        eqx.nn.SpectralNorm(layer, "weight", 1, key=k)
-        for layer, k in zip(net.layers, keys, strict=True)
-    ]
-    return _Chain(layers, net.convolutional)
 
 
 def _peer_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
@@ -166,7 +156,7 @@ def _contestants(*, peer: bool) -> dict[str, tuple[_Make, _Forward]]:
         "spectrax, one vector": (_wrap(estimator=one), wrapped_forward),
     }
     if peer:
-        make: _Make = lambda net: eqx.nn.make_with_state(_peer)(net)  # noqa: E731
+        make: _Make = lambda net: eqx.nn.make_with_state(with_peers)(net)  # noqa: E731
         found["equinox.nn.SpectralNorm"] = (make, _peer_forward)
     return found
 
@@ -207,6 +197,14 @@ def main() -> None:
         x, y = jr.normal(x_key, (32, 3, 32, 32)), jr.normal(y_key, (32, 10))
         loops = _steps(_conv_net(key), x, y, 2, _contestants(peer=True))
         rows += _report("conv", loops, args.rounds)
+    for title, make in (("sngan critic", sngan_critic), ("resnet18", resnet18)):
+        if wanted(title):
+            net, x = make(key), jr.normal(x_key, (32, 3, 32, 32))
+            y = jr.normal(y_key, jax.eval_shape(jax.vmap(net), x).shape)
+            contestants = _contestants(peer=True)
+            del contestants["spectrax, one vector"]
+            loops = _steps(net, x, y, 1, contestants)
+            rows += _report(title, loops, max(1, args.rounds // 3))
     if wanted("attention"):
         x = jr.normal(x_key, (16, 64, 256))
         net = _Attention(eqx.nn.MultiheadAttention(8, 256, key=key))

@@ -18,7 +18,8 @@ import jax.random as jr
 import numpy as np
 from rotation import Loop, plain_forward, rotate, train_loop
 from sklearn.datasets import load_digits
-from tracking import excesses, Forward, peer, SIZES, wrapped
+from tracking import excesses, SIZES
+from training import Forward, peer, wrapped
 
 import spectrax
 
@@ -38,7 +39,7 @@ def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]
     made: dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]] = {}
     for block, steps in _SPECTRAX:
         estimator = spectrax.PowerIteration(steps, block)
-        made[_name(block, steps)] = lambda mlp, e=estimator: wrapped(mlp, e)
+        made[_name(block, steps)] = lambda mlp, e=estimator: wrapped(mlp, estimator=e)
     for steps in _PEER:
         made["equinox, " + _name(1, steps)] = lambda mlp, n=steps: peer(mlp, n)
     return made

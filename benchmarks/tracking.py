@@ -16,67 +16,23 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 from sklearn.datasets import load_digits
+from training import Forward, make_step, peer, wrapped
+from truth import matrix_norm
 
 import spectrax
 
 
 SIZES = (64, 512, 512, 512, 10)
-_Weights = list[Array]
-# From model and state to the output, the new state, and the weights that were used.
-Forward = Callable[[Any, Any, Array], tuple[Array, Any, _Weights]]
+_Make = Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]
 
 
-class _PeerMLP(eqx.Module):
-    """The MLP with each layer in `equinox.nn.SpectralNorm`."""
-
-    layers: list[eqx.nn.SpectralNorm]
-
-    def __init__(self, mlp: eqx.nn.MLP, num_steps: int):
-        keys = jr.split(jr.key(1), len(mlp.layers))
-        self.layers = [
-            eqx.nn.SpectralNorm(layer, "weight", num_steps, key=key)
-            for layer, key in zip(mlp.layers, keys, strict=True)
-        ]
-
-
-def wrapped(mlp: eqx.nn.MLP, estimator: Any) -> tuple[Any, Any, Forward]:
-    """The MLP wrapped, its state, and how to call it."""
-    model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp, estimator=estimator)
-
-    def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any, _Weights]:
-        state = spectrax.advance(model, state)
-        plain = spectrax.unwrap(model, state)
-        return jax.vmap(plain)(x), state, [layer.weight for layer in plain.layers]
-
-    return model, state, forward
-
-
-def peer(mlp: eqx.nn.MLP, num_steps: int) -> tuple[Any, Any, Forward]:
-    """The same for `equinox.nn.SpectralNorm`."""
-    model, state = eqx.nn.make_with_state(_PeerMLP)(mlp, num_steps)
-
-    def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any, _Weights]:
-        weights = []
-        for i, layer in enumerate(model.layers):
-            batched = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))
-            x, state = batched(x, state)
-            x = jax.nn.relu(x) if i + 1 < len(model.layers) else x
-            u, v = state.get(layer.uv_index)
-            weight = layer.layer.weight
-            weights.append(weight / jnp.einsum("i,ij,j->", u, weight, v))
-        return x, state, weights
-
-    return model, state, forward
-
-
-def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]]:
+def _contestants() -> dict[str, _Make]:
     blocks: dict[str, spectrax.PowerIteration] = {
         "spectrax, default": spectrax.PowerIteration(),
         "spectrax, block of 4": spectrax.PowerIteration(block_size=4),
@@ -84,8 +40,8 @@ def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]
         "spectrax, one vector": spectrax.PowerIteration(block_size=1),
         "spectrax, one vector, 10 steps": spectrax.PowerIteration(10, 1),
     }
-    made: dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]] = {
-        name: lambda mlp, estimator=estimator: wrapped(mlp, estimator)
+    made: dict[str, _Make] = {
+        name: lambda mlp, estimator=estimator: wrapped(mlp, estimator=estimator)
         for name, estimator in blocks.items()
     }
     for num_steps in (1, 10):
@@ -94,8 +50,12 @@ def _contestants() -> dict[str, Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]]
     return made
 
 
+def _objective(logits: Array, labels: Array) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 def excesses(
-    make: Callable[[eqx.nn.MLP], tuple[Any, Any, Forward]],
+    make: _Make,
     learning_rate: float,
     seed: int,
     steps: int,
@@ -106,19 +66,7 @@ def excesses(
     model, state, forward = make(mlp)
     optimizer = optax.adam(learning_rate)
     opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-
-    def loss(model: Any, state: Any, x: Array, y: Array) -> tuple[Array, PyTree]:
-        logits, state, weights = forward(model, state, x)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.mean(), (state, weights)
-
-    @eqx.filter_jit
-    def step(model: Any, state: Any, opt_state: Any, x: Array, y: Array) -> PyTree:
-        gradient, (state, weights) = eqx.filter_grad(loss, has_aux=True)(
-            model, state, x, y
-        )
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        return eqx.apply_updates(model, updates), state, opt_state, weights
+    step = make_step(forward, _objective, optimizer)
 
     rng = np.random.default_rng(seed)
     excesses = []
@@ -127,7 +75,7 @@ def excesses(
         x, y = (array[batch] for array in data)
         model, state, opt_state, weights = step(model, state, opt_state, x, y)
         if count >= 20 and count % 20 == 0:
-            norms = [np.linalg.norm(np.asarray(w, np.float64), 2) for w in weights]
+            norms = [matrix_norm(w) for w in weights]
             excesses.append(np.array(norms) - 1)
     return np.array(excesses)
 
