@@ -69,6 +69,13 @@ def complex_of(
     return lax.complex(real, imaginary)
 
 
+def computed_once(array: Inexact[AnyArray, "*shape"]) -> Inexact[AnyArray, "*shape"]:
+    """The same, which XLA does not compute anew, and compile anew, in each use of it."""
+    if isinstance(array, np.ndarray | np.generic):
+        return array
+    return lax.optimization_barrier(array)
+
+
 def places_of_largest(
     values: Inexact[AnyArray, "rows n"], count: int
 ) -> Int[AnyArray, "rows count"]:

@@ -20,18 +20,16 @@ import numpy as np
 from jaxtyping import Complex, Float, Inexact
 
 from .._custom_types import AnyArray
-from .._namespace import complex_of, matmul, namespace
+from .._namespace import complex_of, computed_once, matmul, namespace
 
 
 class Candidates(NamedTuple):
-    """Some candidates of each group of a convolution.
-
-    `pair` is the vector `v`, of unit length, and the one before the last move, the
-    second direction of a search in pairs. `value` is `|F(w)^H u|` for the `u` that led
-    to `v`, which `|F(w) v|` is never below.
+    """Some candidates of each group of a convolution: vectors of unit length, their
+    frequencies, and `|F(w)^H u|` for the `u` that led to `v`, which `|F(w) v|` is never
+    below.
     """
 
-    pair: Complex[AnyArray, "groups some 2 in"]
+    v: Complex[AnyArray, "groups some in"]
     frequency: Float[AnyArray, "groups some dim"]
     value: Float[AnyArray, "groups some"]
 
@@ -47,55 +45,39 @@ def move(
     kernel: Inexact[AnyArray, "groups out in *taps"],
     cells: Cells,
     old: Candidates,
-    *,
-    in_pairs: bool,
 ) -> Candidates:
     """One product with the kernel, one with its adjoint, and a step in the frequency.
-
-    If `in_pairs`, the first is with two vectors, and goes on from the best combination
-    of the two (a locally optimal step; it takes half as many, where two singular values
-    are close). What is not finite is not kept.
+    What is not finite is not kept.
     """
     xp = namespace(kernel)
-    waves = plane_waves(kernel, old.frequency)
-    if in_pairs:
-        basis = _orthonormal(old.pair)
-        best, u = _best_combination(basis, apply(kernel, waves[:, :, None], basis))
-    else:
-        best = old.pair[:, :, 0]
-        u, _ = unit(apply(kernel, waves, best))
+    u, _ = unit(apply(kernel, plane_waves(kernel, old.frequency), old.v))
     images = _adjoint_images(kernel, u)
-    amplitudes = xp.sum(images * best[..., None], axis=2)
+    amplitudes = xp.sum(images * old.v[..., None], axis=2)
     frequency, waves = _climb(kernel, cells, amplitudes, old.frequency)
     v, value = unit(xp.conj(xp.sum(images * waves[:, :, None], axis=3)))
-    pair = xp.stack([v, best], axis=2)
-    kept = xp.isfinite(value) & (value > 0)
-    pair = xp.where(kept[..., None, None], pair, old.pair)
-    frequency = xp.where(kept[..., None], frequency, old.frequency)
+    kept = (xp.isfinite(value) & (value > 0))[..., None]
+    v, frequency = xp.where(kept, v, old.v), xp.where(kept, frequency, old.frequency)
     # A zero kernel has the value zero; what is not finite is no value.
-    return Candidates(pair, frequency, xp.where(value >= 0, value, old.value))
+    return Candidates(v, frequency, xp.where(value >= 0, value, old.value))
 
 
 def apply(
     kernel: Inexact[AnyArray, "groups out in *taps"],
-    waves: Complex[AnyArray, "groups *some taps_"],
-    v: Complex[AnyArray, "groups *vectors in"],
-) -> Complex[AnyArray, "groups *vectors out"]:
+    waves: Complex[AnyArray, "groups some taps_"],
+    v: Complex[AnyArray, "groups some in"],
+) -> Complex[AnyArray, "groups some out"]:
     """`F(w) v`, for the frequencies of the plane waves."""
     xp = namespace(kernel)
     groups, out = kernel.shape[:2]
     flat = kernel.reshape(groups, out, -1)
-    lifted = v[..., None] * waves[..., None, :]
-    lifted = lifted.reshape(groups, -1, flat.shape[2])
+    lifted = (v[..., None] * waves[:, :, None]).reshape(groups, v.shape[1], -1)
     # The kernel is the left factor, since XLA would transpose a right one. If it is
     # real it takes both parts side by side.
     if xp.iscomplexobj(kernel):
-        images = xp.swapaxes(matmul(flat, xp.swapaxes(lifted, 1, 2)), 1, 2)
-    else:
-        both = xp.concatenate([xp.real(lifted), xp.imag(lifted)], axis=1)
-        both = xp.swapaxes(matmul(flat, xp.swapaxes(both, 1, 2)), 1, 2)
-        images = complex_of(*xp.split(both, 2, axis=1))
-    return images.reshape(*v.shape[:-1], out)
+        return xp.swapaxes(matmul(flat, xp.swapaxes(lifted, 1, 2)), 1, 2)
+    both = xp.concatenate([xp.real(lifted), xp.imag(lifted)], axis=1)
+    both = xp.swapaxes(matmul(flat, xp.swapaxes(both, 1, 2)), 1, 2)
+    return complex_of(*xp.split(both, 2, axis=1))
 
 
 def apply_adjoint(
@@ -120,7 +102,7 @@ def plane_waves(
     for axis in range(positions.shape[1]):
         column = positions[:, axis].reshape((1,) * (frequency.ndim - 1) + (-1,))
         angle = angle + frequency[..., axis, None] * column
-    return complex_of(xp.cos(angle), xp.sin(angle))
+    return computed_once(complex_of(xp.cos(angle), xp.sin(angle)))
 
 
 def tap_positions(taps: tuple[int, ...]) -> Float[np.ndarray, "taps_ dim"]:
@@ -179,52 +161,6 @@ def _adjoint_images(
         both = xp.concatenate([xp.real(u), -xp.imag(u)], axis=1)
         images = complex_of(*xp.split(matmul(both, flat), 2, axis=1))
     return images.reshape(groups, u.shape[1], in_, -1)
-
-
-def _orthonormal(
-    pair: Complex[AnyArray, "groups some 2 n"],
-) -> Complex[AnyArray, "groups some 2 n"]:
-    """The first of two unit vectors, and what the second has beside it; zero where they
-    are one.
-    """
-    xp = namespace(pair)
-    first, second = pair[:, :, 0], pair[:, :, 1]
-    along = xp.sum(xp.conj(first) * second, axis=-1)
-    second = second - along[..., None] * first
-    squares = xp.sum(_squares(second), axis=-1)
-    least = (16 * float(np.finfo(squares.dtype).eps)) ** 2
-    factor = xp.where(squares > least, 1 / xp.sqrt(xp.maximum(squares, least)), 0)
-    return xp.stack([first, _times(second, factor[..., None])], axis=2)
-
-
-def _best_combination(
-    basis: Complex[AnyArray, "groups some 2 in"],
-    images: Complex[AnyArray, "groups some 2 out"],
-) -> tuple[Complex[AnyArray, "groups some in"], Complex[AnyArray, "groups some out"]]:
-    """The unit vector of the plane whose image is the longest, and that image, of unit
-    length: the larger eigenvalue of a matrix `[[a, b], [conj(b), d]]`, in closed form.
-    """
-    xp = namespace(images)
-    scaled = _times(images, _inverse_size(images, axis=(2, 3))[:, :, None, None])
-    lengths = xp.sum(_squares(scaled), axis=-1)
-    a, d = lengths[:, :, 0], lengths[:, :, 1]
-    b = xp.sum(xp.conj(scaled[:, :, 0]) * scaled[:, :, 1], axis=-1)
-    half = (a - d) / 2
-    root = xp.sqrt(xp.square(half) + _squares(b))
-    # Of two forms of the eigenvector, `(half + root, conj(b))` and `(b, root - half)`,
-    # the one without cancellation.
-    size = xp.abs(half) + root
-    norm = xp.sqrt(xp.square(size) + _squares(b))
-    factor = 1 / xp.where(norm > 0, norm, 1)
-    size = xp.where(norm > 0, size * factor, 1)
-    zero, b = xp.zeros_like(size), _times(b, factor)
-    first = xp.where(a >= d, complex_of(size, zero), b)[..., None]
-    second = xp.where(a >= d, xp.conj(b), complex_of(size, zero))[..., None]
-    best = first * basis[:, :, 0] + second * basis[:, :, 1]
-    image = first * scaled[:, :, 0] + second * scaled[:, :, 1]
-    largest = (a + d) / 2 + root
-    length = 1 / xp.sqrt(xp.where(largest > 0, largest, 1))
-    return best, _times(image, length[..., None])
 
 
 def _climb(

@@ -21,7 +21,7 @@ from ._triplet import (
 # The search for the frequency, from a cold start. On kernels of small integers, which
 # have flat maxima, CHECK
 _BLOCK_SIZE = 8
-_NUM_STEPS = 64
+_NUM_STEPS = 128
 
 
 def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:

@@ -48,6 +48,8 @@ _MOST_CELLS = 512
 # best, or the best better: by how much it has to be to be worth a move.
 _FORESIGHT, _RISE = 4.0, 1e-4
 _MOST_MOVES = 16
+# All candidates are moved a third of them at a time, or so many.
+_PARTS, _MOST_AT_ONCE = 3, 32
 
 
 class LatticePowerState(eqx.Module):
@@ -55,8 +57,8 @@ class LatticePowerState(eqx.Module):
 
     Immutable data, with one candidate for each cell of frequencies.
 
-    - `pair`: the vector of each candidate and the one before the last move, complex
-        amplitudes of plane waves, `[groups, cells, 2, channels]`.
+    - `v`: the vector of each candidate, complex amplitudes of plane waves,
+        `[groups, cells, channels]`.
     - `frequency`: of each candidate, `[groups, cells, dim]`, in radians per tap.
     - `value`: of each candidate when it was last moved, at most `|F(w) v|`,
         `[groups, cells]`.
@@ -64,7 +66,7 @@ class LatticePowerState(eqx.Module):
     """
 
     # Under `vmap` a part of it may lack the first axes.
-    pair: Complex[AnyArray, "*groups cells 2 in"]
+    v: Complex[AnyArray, "*groups cells in"]
     frequency: Float[AnyArray, "*groups cells dim"]
     value: Float[AnyArray, "*groups cells"]
     block_size: int = eqx.field(static=True)
@@ -73,7 +75,8 @@ class LatticePowerState(eqx.Module):
 def init_lattice_state(
     operator: LatticeConvolution, key: PRNGKeyArray, block_size: int, num_steps: int
 ) -> LatticePowerState:
-    """Random vectors off the cells' centres, then `num_steps` steps.
+    """Random vectors off the cells' centres, then a quarter of `num_steps` steps, each of
+    which is some moves.
 
     Off the centres, as the symbol of a real kernel is real at some of them: vectors
     become real there, and then see no slope even where there is no maximum.
@@ -96,17 +99,18 @@ def init_lattice_state(
     v, _ = unit(complex_of(parts[0], parts[1]))
     frequency = cells.centre + 0.6 * cells.half
     state = LatticePowerState(
-        pair=xp.stack([v, xp.zeros_like(v)], axis=2),
+        v=v,
         frequency=xp.broadcast_to(frequency, (groups, *frequency.shape[1:])),
         value=xp.zeros((groups, count), real),
         block_size=block_size,
     )
+    steps = -(-num_steps // 4)
     if concrete:
         with np.errstate(all="ignore"):
-            for _ in range(num_steps):
+            for _ in range(steps):
                 state = _step(kernel, state)
         return to_jax(state)
-    return lax.fori_loop(0, num_steps, lambda _, state: _step(kernel, state), state)
+    return lax.fori_loop(0, steps, lambda _, state: _step(kernel, state), state)
 
 
 def lattice_power_step(
@@ -119,32 +123,45 @@ def lattice_power_step(
 def _step(
     kernel: Inexact[AnyArray, "groups out in *taps"], state: LatticePowerState
 ) -> LatticePowerState:
+    """Some candidates at a time: first each once, then the most promising, as long as
+    any of them could rise above the best. One loop for both, as what is in a loop is
+    compiled once.
+    """
     xp = namespace(kernel)
     cells = _cells(kernel)
-    before = Candidates(state.pair, state.frequency, state.value)
-    everyone = move(kernel, cells, before, in_pairs=False)
-    promise = _promise(everyone, before)
-    places = places_of_largest(promise, min(state.block_size, promise.shape[1]))
-    chosen = places[..., None] == xp.arange(promise.shape[1], dtype=places.dtype)[None, None]
-    centre = xp.broadcast_to(cells.centre, everyone.frequency.shape)
-    cells = Cells(_selected(chosen, centre), cells.half)
-    some = Candidates(*(_selected(chosen, field) for field in everyone))
+    count = state.value.shape[1]
+    centre = xp.broadcast_to(cells.centre, state.frequency.shape)
+    some = max(state.block_size, min(_MOST_AT_ONCE, -(-count // _PARTS)))
+    some = min(some, count)
+    parts = -(-count // some)
+    everyone = xp.arange(count, dtype=np.int32)
 
     def unfinished(carry: tuple[Candidates, AnyArray, AnyArray]) -> AnyArray:
         found, promise, moves = carry
         enough = xp.max(found.value) * (1 + _RISE)
-        return (moves < 1) | ((xp.max(promise) > enough) & (moves < _MOST_MOVES))
+        rising = (xp.max(promise) > enough) & (moves < parts + _MOST_MOVES)
+        return (moves < parts + 1) | rising
 
-    def polish(
+    def body(
         carry: tuple[Candidates, AnyArray, AnyArray],
     ) -> tuple[Candidates, AnyArray, AnyArray]:
-        old, _, moves = carry
-        new = move(kernel, cells, old, in_pairs=True)
-        return new, _promise(new, old), moves + 1
+        found, promise, moves = carry
+        in_turn = (moves * some + everyone[:some]) % count
+        best = places_of_largest(promise, some)
+        places = xp.where(moves < parts, in_turn[None], best)
+        chosen = places[..., None] == everyone[None, None]
+        old = Candidates(*(_selected(chosen, field) for field in found))
+        some_cells = Cells(_selected(chosen, centre), cells.half)
+        new = move(kernel, some_cells, old)
+        found = Candidates(
+            *(_replaced(chosen, x, y) for x, y in zip(found, new, strict=True))
+        )
+        promise = _replaced(chosen, promise, _promise(new, old))
+        return found, promise, moves + 1
 
-    start = some, some.value, xp.zeros((), np.int32)
-    some, _, _ = while_loop(unfinished, polish, start)
-    found = (_replaced(chosen, a, b) for a, b in zip(everyone, some, strict=True))
+    before = Candidates(state.v, state.frequency, state.value)
+    start = before, state.value, xp.zeros((), np.int32)
+    found, _, _ = while_loop(unfinished, body, start)
     return LatticePowerState(*found, state.block_size)
 
 
@@ -225,7 +242,7 @@ def _leaders(
     state = stop_gradient(state)
     with np.errstate(all="ignore"):
         waves = plane_waves(kernel, take(state.frequency, _first(state)))
-        v, _ = unit(take(state.pair, _first(state))[:, :, 0])
+        v, _ = unit(take(state.v, _first(state)))
         image = apply(kernel, waves, v)
         u, _ = unit(stop_gradient(image))
         values = xp.sum(xp.real(xp.conj(u) * image), axis=(1, 2))
@@ -249,9 +266,9 @@ def _cells(kernel: Inexact[AnyArray, "groups out in *taps"]) -> Cells:
     xp = namespace(kernel)
     taps = kernel.shape[3:]
     most = int(_MOST_CELLS ** (1 / len(taps)) + 1e-9)
-    # The symbol has degree k - 1. With four cells per degree, and eight at least, few
+    # The symbol has degree k - 1. With three cells per degree, and seven at least, few
     # candidates end on a lesser maximum of their cell; with two, up to one in five did.
-    counts = [1 if k == 1 else min(max(8, 4 * (k - 1)), most) for k in taps]
+    counts = [1 if k == 1 else min(max(7, 3 * (k - 1)), most) for k in taps]
     points = list(it.product(*map(range, counts)))
     if not xp.iscomplexobj(kernel):
         points = [

@@ -314,7 +314,7 @@ def _checked_lattice_state(
         )
     groups, _, in_ = operator.kernel.shape[:3]
     expected = (groups, in_), (groups, operator.dim)
-    got = state.pair.shape[::3], state.frequency.shape[::2]
+    got = state.v.shape[::2], state.frequency.shape[::2]
     if got != expected:
         raise ValueError(
             "expected `state` to have (groups, in) and (groups, dim) "
