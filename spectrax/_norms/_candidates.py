@@ -168,9 +168,7 @@ def _climb(
     cells: Cells,
     amplitudes: Complex[AnyArray, "groups some taps_"],
     current: Float[AnyArray, "groups some dim"],
-) -> tuple[
-    Float[AnyArray, "groups some dim"], Complex[AnyArray, "groups some taps_"]
-]:
+) -> tuple[Float[AnyArray, "groups some dim"], Complex[AnyArray, "groups some taps_"]]:
     """The best of four frequencies for `|sum_t amplitudes_t exp(i w.t)|`, and its plane
     waves: where it is, a step of Newton's method, one up the slope that cannot
     overshoot, and one a little aside.

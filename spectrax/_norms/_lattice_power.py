@@ -48,8 +48,8 @@ _MOST_CELLS = 512
 # best, or the best better: by how much it has to be to be worth a move.
 _FORESIGHT, _RISE = 4.0, 1e-4
 _MOST_MOVES = 16
-# All candidates are moved a third of them at a time, or so many.
-_PARTS, _MOST_AT_ONCE = 3, 32
+# All candidates are moved a quarter of them at a time, or so many.
+_PARTS, _MOST_AT_ONCE = 4, 32
 
 
 class LatticePowerState(eqx.Module):
@@ -266,9 +266,9 @@ def _cells(kernel: Inexact[AnyArray, "groups out in *taps"]) -> Cells:
     xp = namespace(kernel)
     taps = kernel.shape[3:]
     most = int(_MOST_CELLS ** (1 / len(taps)) + 1e-9)
-    # The symbol has degree k - 1. With three cells per degree, and seven at least, few
+    # The symbol has degree k - 1. With three cells per degree, and eight at least, few
     # candidates end on a lesser maximum of their cell; with two, up to one in five did.
-    counts = [1 if k == 1 else min(max(7, 3 * (k - 1)), most) for k in taps]
+    counts = [1 if k == 1 else min(max(8, 3 * (k - 1)), most) for k in taps]
     points = list(it.product(*map(range, counts)))
     if not xp.iscomplexobj(kernel):
         points = [
