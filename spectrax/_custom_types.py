@@ -1,4 +1,4 @@
-from typing import Any, TypeAlias
+from typing import Any, TYPE_CHECKING, TypeAlias
 
 import lineax as lx
 import numpy as np
@@ -14,5 +14,8 @@ StructuredRows: TypeAlias = PyTree[Inexact[Array, "block ..."]]
 
 DType: TypeAlias = Any
 
-# For code that runs on NumPy's arrays as on JAX's.
-AnyArray: TypeAlias = Array | np.ndarray | np.generic
+# For code that runs on the arrays of NumPy and of JAX, which have the same methods.
+if TYPE_CHECKING:
+    AnyArray: TypeAlias = Any
+else:
+    AnyArray: TypeAlias = Array | np.ndarray | np.generic

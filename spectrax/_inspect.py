@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import equinox as eqx
@@ -14,7 +14,12 @@ from jaxtyping import PyTree
 
 from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import enclose_norm
-from ._norms import exact_norm, spectral_norm
+from ._norms import (
+    init_power_state,
+    searched_norm,
+    singular_value,
+    spectral_norm,
+)
 from ._operators import LatticeConvolution, mode_matrices, Operator
 from ._select import search_weights
 from ._site import over_stack, Site, site_norm, site_operators, SiteState
@@ -33,7 +38,9 @@ class SummaryRow:
     - `layer`: the type of the layer that it belongs to.
     - `shape`: of the weight, without stacked axes.
     - `sigma`: the norm of the raw weight, as the estimator sees it.
-    - `norm`: the norm of the constrained weight by the same estimate.
+    - `norm`: the norm of the constrained weight by the same estimate. Of a convolution
+        at every input size, all frequencies are looked at anew, so that a state that
+        lags behind the weights shows.
     - `bound`: the norm that is allowed.
     - `residual`: `|A^H u - sigma v| / sigma`: how far the estimate is from converged.
     - `true_norm`: the norm of the constrained weight, computed independently of the
@@ -122,6 +129,7 @@ def summary(
     *,
     enclosure: bool = True,
     true_norm: bool = False,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Summary:
     """The constrained weights of a model: norms, bounds, and how converged they are.
 
@@ -140,14 +148,17 @@ def summary(
     - `state`: the model's state. It stays valid and nothing advances.
     - `enclosure`: whether to compute the proven bounds.
     - `true_norm`: whether to compute the true norms.
+    - `progress`: wraps the sequence of weights while the table is made, as `tqdm.tqdm`
+        does, which then shows how far it has come.
 
     **Returns:**
 
     A [`spectrax.Summary`][]: print it, iterate over its rows, or index it. Stacks of
     weights have one row for each.
 
-    **Cost:** an enclosure of each weight, compiled once for each shape; without, a few
-    products with it. With `true_norm=True` a decomposition of each.
+    **Cost:** an enclosure of each weight, for matrices compiled once for each shape;
+    without, a few products with it, and for a convolution at every input size a search.
+    With `true_norm=True` a decomposition of each.
 
     **Raises:** `ValueError` if nothing in `model` is wrapped or, by Equinox, if `state`
     is an old one.
@@ -168,12 +179,15 @@ def summary(
         ```
     """
     wrapped_modules(model, "summary")
+    weights = [
+        (node.module, *found, as_path(key_path))
+        for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped))
+        if isinstance(node, Wrapped)
+        for found in sites_of(node, state)
+    ]
     rows: list[SummaryRow] = []
-    for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped)):
-        root = as_path(key_path)
-        if isinstance(node, Wrapped):
-            for found in sites_of(node, state):
-                rows += _rows(node.module, *found, root, enclosure, true_norm)
+    for module, site, own, constraint, root in progress(weights):
+        rows += _rows(module, site, own, constraint, root, enclosure, true_norm)
     return Summary(tuple(rows), tuple(_unconstrained(model)))
 
 
@@ -205,7 +219,7 @@ def _rows(
                 layer=type(follow(module, site.path[:-1])).__name__,
                 shape=weight.shape[depth:],
                 sigma=float(sigma[index]),
-                norm=float(jnp.abs(sigma[index]) * scale[index]),
+                norm=_norm_now(operator, float(jnp.abs(sigma[index]) * scale[index])),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
                 lower=None if box is None else float(box.lower),
@@ -229,9 +243,17 @@ def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:
     return jtu.tree_map(lambda x: x[index] if eqx.is_array(x) else x, stack)
 
 
+def _norm_now(operator: Operator, estimate: float) -> float:
+    """The estimate, or what is found when every frequency is looked at, if larger."""
+    if not isinstance(operator, LatticeConvolution):
+        return estimate
+    found = float(singular_value(operator, init_power_state(operator)))
+    return found if math.isnan(found) else max(found, estimate)
+
+
 def _true_norm(operator: Operator) -> float:
     if isinstance(operator, LatticeConvolution):
-        return float(exact_norm(operator))
+        return searched_norm(operator)
     matrices = mode_matrices(operator)
     if matrices is None:
         if operator.in_size() * operator.out_size() > _LARGEST_DENSE:

@@ -93,8 +93,8 @@ def enclose_norm(
     pixels. For all sizes one Cholesky factor for each cell: some 50 to 500 cells for
     kernels of 3x3, the more, the closer `sigma(F(w))` is to its supremum over all
     frequencies, and 2^14 at most, then with a wider enclosure (2^18 for small
-    matrices). Nothing is compiled. Products are on one thread if `threadpoolctl` is
-    installed. Under `jit` the grid has as many frequencies whatever the kernel, and
+    matrices). Nothing is compiled, and products are on one thread.
+    Under `jit` the grid has as many frequencies whatever the kernel, and
     each shape is compiled.
 
     **Raises:** `TypeError` or `ValueError` if `operator` is not a matrix or an

@@ -15,9 +15,7 @@ matrices of size `n`, `gamma = (n + 1) u / (1 - (n + 1) u)`; eight times as much
 room for complex arithmetic, and for divisions as products with a reciprocal.
 """
 
-import contextlib
 import dataclasses
-import importlib
 import itertools as it
 import math
 
@@ -174,19 +172,6 @@ def squared_symbols(
     error = 4 * (error + table * np.sum(terms, axis=1)) + _UNDERFLOW
     largest = np.ldexp(largest, -exponent)
     return SquaredSymbols(even, odd, offsets, taps, error, largest, 2.0**exponent)
-
-
-def one_thread() -> contextlib.AbstractContextManager[object]:
-    """Products on one thread, if there is a way to say so (`threadpoolctl`).
-
-    On a machine with other work to do, threads that wait for each other make small
-    factorisations a thousand times slower.
-    """
-    try:
-        control = importlib.import_module("threadpoolctl")
-    except ImportError:
-        return contextlib.nullcontext()
-    return control.threadpool_limits(1, user_api="blas")
 
 
 def _below(

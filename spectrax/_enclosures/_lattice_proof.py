@@ -12,9 +12,10 @@ import math
 import numpy as np
 from jaxtyping import Float, Inexact
 
+from .._namespace import one_thread
 from ._cells import Cells, cover, cover_size, joined
 from ._frequencies import best_peak, climb, Peak, sample
-from ._hermitian import one_thread, squared_symbols, SquaredSymbols
+from ._hermitian import squared_symbols, SquaredSymbols
 
 
 # Proofs for one frequency that may be tried, and for how many entries of matrices.
@@ -43,7 +44,7 @@ def enclose_kernel(
         return math.nan, math.nan
     if not np.any(kernel):
         return 0.0, 0.0
-    with one_thread(), np.errstate(all="ignore"):
+    with one_thread():
         symbols = squared_symbols(kernel)
         lower, upper = _enclose(symbols, min(max(rtol, _SMALLEST_WIDTH), 0.5))
     return _down(lower * symbols.scale), _up(upper * symbols.scale)
@@ -61,7 +62,7 @@ def proves_kernel_below(
         return False
     if not np.any(kernel):
         return limit >= 0
-    with one_thread(), np.errstate(all="ignore"):
+    with one_thread():
         symbols = squared_symbols(kernel)
         scaled = limit / symbols.scale * (1 - 2.0**-51)
         estimates, _ = sample(symbols)

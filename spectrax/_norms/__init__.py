@@ -3,7 +3,10 @@ from ._estimators import (
     ExactSVD as ExactSVD,
     PowerIteration as PowerIteration,
 )
-from ._lattice_power import LatticePowerState as LatticePowerState
+from ._lattice_power import (
+    LatticePowerState as LatticePowerState,
+    searched_norm as searched_norm,
+)
 from ._power import PowerState as PowerState
 from ._power_iteration import (
     init_power_state as init_power_state,

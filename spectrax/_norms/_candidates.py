@@ -13,14 +13,13 @@ product with the kernel and one with its adjoint, for all candidates side by sid
 So no symbol is assembled, and the cost does not depend on the size of the images.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Complex, Float, Inexact
 
 from .._custom_types import AnyArray
-from .._namespace import complex_of, computed_once, matmul, namespace
+from .._namespace import complex_of, matmul, namespace
 
 
 class Candidates(NamedTuple):
@@ -102,7 +101,7 @@ def plane_waves(
     for axis in range(positions.shape[1]):
         column = positions[:, axis].reshape((1,) * (frequency.ndim - 1) + (-1,))
         angle = angle + frequency[..., axis, None] * column
-    return computed_once(complex_of(xp.cos(angle), xp.sin(angle)))
+    return complex_of(xp.cos(angle), xp.sin(angle))
 
 
 def tap_positions(taps: tuple[int, ...]) -> Float[np.ndarray, "taps_ dim"]:

@@ -24,6 +24,7 @@ from .._namespace import (
     is_concrete,
     matmul,
     namespace,
+    one_thread,
     places_of_largest,
     take,
     to_jax,
@@ -46,8 +47,10 @@ from ._rows import stop_gradient
 _MOST_CELLS = 512
 # A candidate that went on rising for so many moves as in its last one could become the
 # best, or the best better: by how much it has to be to be worth a move.
-_FORESIGHT, _RISE = 4.0, 1e-4
-_MOST_MOVES = 16
+FORESIGHT, RISE = 4.0, 1e-4
+MOST_MOVES = 16
+# Of the search in float64: leaders, and steps.
+_FEW, _SEARCH_STEPS = 4, 24
 # All candidates are moved a quarter of them at a time, or so many.
 _PARTS, _MOST_AT_ONCE = 4, 32
 
@@ -75,42 +78,76 @@ class LatticePowerState(eqx.Module):
 def init_lattice_state(
     operator: LatticeConvolution, key: PRNGKeyArray, block_size: int, num_steps: int
 ) -> LatticePowerState:
-    """Random vectors off the cells' centres, then a quarter of `num_steps` steps, each of
-    which is some moves.
-
-    Off the centres, as the symbol of a real kernel is real at some of them: vectors
-    become real there, and then see no slope even where there is no maximum.
+    """Random vectors, then a quarter of `num_steps` steps, each of which is some moves.
 
     Of a concrete kernel by NumPy, for which nothing has to be compiled.
     """
     kernel = _widened(operator.kernel)
-    if concrete := is_concrete((kernel, key)):
-        kernel = np.asarray(kernel)
-    xp = namespace(kernel)
-    groups, _, in_ = kernel.shape[:3]
-    cells = _cells(kernel)
-    count = cells.centre.shape[1]
-    real, shape = real_dtype(kernel.dtype), (2, groups, count, in_)
-    if concrete:
+    steps = -(-num_steps // 4)
+    if is_concrete((kernel, key)):
         seed = np.asarray(jr.key_data(key)).ravel().tolist()
-        parts = np.random.default_rng(seed).standard_normal(shape).astype(real)
-    else:
-        parts = jr.normal(key, shape, real)
+        return to_jax(_searched(np.asarray(kernel), seed, block_size, steps))
+    shape = _shape_of_parts(kernel)
+    parts = jr.normal(key, shape, real_dtype(kernel.dtype))
+    state = _off_centre(kernel, parts, block_size)
+    return lax.fori_loop(0, steps, lambda _, state: _step(kernel, state), state)
+
+
+def searched_norm(operator: LatticeConvolution) -> float:
+    """The largest singular value of the symbol at the best frequency that a search in
+    float64 finds, in NumPy: independent of any state, and never above the norm.
+    """
+    kernel = np.asarray(operator.kernel)
+    complex_ = np.iscomplexobj(kernel)
+    kernel = kernel.astype(np.complex128 if complex_ else np.float64)
+    if not np.all(np.isfinite(kernel)):
+        return math.nan
+    # Few are moved in the end, as one of them converges slowly where others are close.
+    state = _searched(kernel, [0], _FEW, _SEARCH_STEPS)
+    waves = plane_waves(kernel, take(state.frequency, _first(state)))
+    flat = kernel.reshape(*kernel.shape[:3], -1)
+    symbols = np.einsum("goit,gt->goi", flat, waves[:, 0])
+    return operator.gain * float(np.linalg.norm(symbols, 2, axis=(1, 2)).max())
+
+
+def _searched(
+    kernel: Inexact[np.ndarray, "groups out in *taps"],
+    seed: list[int],
+    block_size: int,
+    num_steps: int,
+) -> LatticePowerState:
+    """So many steps from random vectors, in NumPy."""
+    draw = np.random.default_rng(seed).standard_normal(_shape_of_parts(kernel))
+    state = _off_centre(kernel, draw.astype(real_dtype(kernel.dtype)), block_size)
+    with one_thread():
+        for _ in range(num_steps):
+            state = _step(kernel, state)
+    return state
+
+
+def _shape_of_parts(
+    kernel: Inexact[AnyArray, "groups out in *taps"],
+) -> tuple[int, int, int, int]:
+    groups, _, in_ = kernel.shape[:3]
+    return 2, groups, _cells(kernel).centre.shape[1], in_
+
+
+def _off_centre(
+    kernel: Inexact[AnyArray, "groups out in *taps"],
+    parts: Float[AnyArray, "2 groups cells in"],
+    block_size: int,
+) -> LatticePowerState:
+    """The state at the start, with vectors of these real and imaginary parts.
+
+    Off the cells' centres, as the symbol of a real kernel is real at some of them:
+    vectors become real there, and then see no slope even where there is no maximum.
+    """
+    xp = namespace(kernel)
+    cells = _cells(kernel)
     v, _ = unit(complex_of(parts[0], parts[1]))
     frequency = cells.centre + 0.6 * cells.half
-    state = LatticePowerState(
-        v=v,
-        frequency=xp.broadcast_to(frequency, (groups, *frequency.shape[1:])),
-        value=xp.zeros((groups, count), real),
-        block_size=block_size,
-    )
-    steps = -(-num_steps // 4)
-    if concrete:
-        with np.errstate(all="ignore"):
-            for _ in range(steps):
-                state = _step(kernel, state)
-        return to_jax(state)
-    return lax.fori_loop(0, steps, lambda _, state: _step(kernel, state), state)
+    frequency = xp.broadcast_to(frequency, (len(v), *frequency.shape[1:]))
+    return LatticePowerState(v, frequency, xp.zeros_like(parts[0, ..., 0]), block_size)
 
 
 def lattice_power_step(
@@ -138,8 +175,8 @@ def _step(
 
     def unfinished(carry: tuple[Candidates, AnyArray, AnyArray]) -> AnyArray:
         found, promise, moves = carry
-        enough = xp.max(found.value) * (1 + _RISE)
-        rising = (xp.max(promise) > enough) & (moves < parts + _MOST_MOVES)
+        enough = xp.max(found.value) * (1 + RISE)
+        rising = (xp.max(promise) > enough) & (moves < parts + MOST_MOVES)
         return (moves < parts + 1) | rising
 
     def body(
@@ -168,7 +205,7 @@ def _step(
 def _promise(new: Candidates, old: Candidates) -> Float[AnyArray, "groups some"]:
     """What a value becomes if it goes on rising as it did."""
     rise = new.value - old.value
-    return new.value + _FORESIGHT * namespace(rise).maximum(rise, 0)
+    return new.value + FORESIGHT * namespace(rise).maximum(rise, 0)
 
 
 def _selected(

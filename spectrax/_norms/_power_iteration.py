@@ -25,11 +25,14 @@ from .._operators import (
 )
 from ._golub_kahan import leading_triplets
 from ._lattice_power import (
+    FORESIGHT,
     init_lattice_state,
     lattice_power_step,
     lattice_residual,
     lattice_value,
     LatticePowerState,
+    MOST_MOVES,
+    RISE,
 )
 from ._power import leading_residual, leading_value, power_step, PowerState, RowState
 from ._rows import random_rows, stop_gradient
@@ -181,7 +184,11 @@ def power_iterate(
         state = _checked_mode_state(matrices, state)
         return jax.vmap(ft.partial(power_iterate, num_steps=num_steps))(matrices, state)
     rows = _to_rows(operator, state)
-    rows = _repeat(ft.partial(power_step, operator), rows, num_steps)
+    step = ft.partial(power_step, operator)
+    if num_steps > 0 and _is_convolution(operator):
+        rows = _followed(operator, _repeat(step, rows, num_steps - 1))
+    else:
+        rows = _repeat(step, rows, num_steps)
     return stop_gradient(_to_public(operator, rows))
 
 
@@ -247,6 +254,36 @@ def _repeat(step: Callable[[PyTree], PyTree], state: PyTree, num_steps: int) -> 
     if num_steps <= 1:
         return step(state) if num_steps == 1 else state
     return lax.fori_loop(0, num_steps, lambda _, carry: step(carry), state)
+
+
+def _is_convolution(operator: LinearOperator) -> bool:
+    function = getattr(operator, "fn", None)
+    return isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose)
+
+
+def _followed(operator: LinearOperator, rows: RowState) -> RowState:
+    """A step, and further ones as long as the value rises.
+
+    Where a direction that was not the leading one takes over, as happens to kernels
+    early in training, a single step stays behind it by some percent.
+    """
+
+    def unfinished(carry: tuple[RowState, Array, Array, Array]) -> Array:
+        _, value, rise, count = carry
+        rising = value + FORESIGHT * rise > value * (1 + RISE)
+        return (count < 1) | (rising & (count < MOST_MOVES))
+
+    def body(
+        carry: tuple[RowState, Array, Array, Array],
+    ) -> tuple[RowState, Array, Array, Array]:
+        old, before, _, count = carry
+        new = power_step(operator, old)
+        value = leading_value(operator, new)
+        return new, value, value - before, count + 1
+
+    value = leading_value(operator, rows)
+    start = rows, value, jnp.zeros_like(value), jnp.zeros((), jnp.int32)
+    return lax.while_loop(unfinished, body, start)[0]
 
 
 def _to_rows(operator: LinearOperator, state: PowerStateLike) -> RowState:
