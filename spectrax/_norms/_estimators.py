@@ -64,13 +64,15 @@ class PowerIteration(AbstractEstimator[Any]):
     - `block_size`: how many singular pairs to carry, cut to the smaller side of each
         weight, and to 2 for each mode of a Fourier layer. With the default of 8 a step
         is a locally optimal block step. With 1, and `num_steps=1`, it is the algorithm
-        of Miyato et al. (2018), from a converged start.
+        of Miyato et al. (2018), from a converged start. For a convolution at every
+        input size: [`spectrax.init_power_state`][].
     - `init_steps`: steps for the first state; with 0 it is random.
 
     **Cost:** two products of the weight with some vectors per step: `block_size` with
     its adjoint and three times as many with the weight itself (one and one if
-    `block_size=1`). For a convolution at every input size the same at up to ten
-    frequencies, with the kernel's `[out, in]` symbol there.
+    `block_size=1`). For a convolution at every input size, the kernel and its adjoint
+    times one complex vector for each cell of frequencies (34 for a 3x3 kernel), and a
+    quarter as many in each of the further rounds, one as a rule.
 
     **Raises:** `ValueError` if `num_steps < 0`, `block_size < 1` or `init_steps < 0`.
     """

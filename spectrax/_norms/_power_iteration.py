@@ -71,8 +71,12 @@ def init_power_state(
         closely, and each step's products take more vectors. It is cut to the
         smaller side of the operator, beyond which there are no further pairs. One pair
         is the power iteration of Miyato et al. (2018). For a Fourier multiplier it is
-        the number of pairs for each mode, and cut to 2.
-    - `num_steps`: steps of the bidiagonalisation. With 0 the vectors are random.
+        the number of pairs for each mode, and cut to 2. For a convolution at every
+        input size one vector is carried for each cell of frequencies, and this is with
+        how many of them, at least, a step goes on after it has moved all.
+    - `num_steps`: steps of the bidiagonalisation. With 0 the vectors are random. For a
+        convolution at every input size, four times as many as steps of its own search,
+        of which each is several moves.
 
     **Returns:**
 
@@ -151,7 +155,9 @@ def power_iterate(
 
     - `operator`: as in [`spectrax.init_power_state`][].
     - `state`: from `init_power_state`, for an operator of this shape.
-    - `num_steps`: how many steps. With 0 the state is returned as it is.
+    - `num_steps`: how many steps. With 0 the state is returned as it is. For
+        convolutions the last step is followed by further ones, up to sixteen, as long
+        as the value still rises.
 
     **Returns:**
 
