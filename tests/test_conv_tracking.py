@@ -222,9 +222,9 @@ def test_direction_that_grows_at_another_frequency_takes_over(here, there, block
 
 
 # A candidate has one vector, in which nothing is left of an orthogonal one that was
-# smaller for some steps. Noise, as updates of weights have it, brings it back, too late.
+# smaller for some steps. Noise, as updates of weights have it, brings it back late.
 @pytest.mark.xfail(strict=True, reason="Seen late if it is orthogonal to the largest.")
-@pytest.mark.parametrize("noise", [0.0, 0.001, 0.01])
+@pytest.mark.parametrize("noise", [0.0, 0.001])
 def test_direction_that_grows_at_the_same_frequency_takes_over(noise):
     first, second = at_frequency((0.2, 0.4), 0), at_frequency((0.2, 0.4), 1)
     check_takeover(first, second, noise=noise)
