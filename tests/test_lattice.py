@@ -1,6 +1,7 @@
 """Convolutions at every input size at once."""
 
 import functools as ft
+import math
 
 import equinox as eqx
 import hypothesis
@@ -493,6 +494,9 @@ def test_aliased_symbols_agree_with_a_fine_circle(getkey):
     np.testing.assert_allclose(values.max(), norm_at(conv, (12,)), rtol=1e-12)
 
 
+# The steps.
+
+
 @jax.jit
 def _step(kernel, state):
     operator = spectrax.LatticeConvolution(kernel, 1.0)
@@ -500,28 +504,57 @@ def _step(kernel, state):
     return state, spectrax.singular_value(operator, state)
 
 
-def _random_start(kernel):
+def _started(kernel, num_steps=32):
     operator = spectrax.LatticeConvolution(kernel, 1.0)
-    return jax.jit(ft.partial(spectrax.init_power_state, num_steps=0))(operator)
+    return spectrax.init_power_state(operator, num_steps=num_steps)
 
 
-def test_every_candidate_has_its_turn_and_nothing_is_kept_of_a_broken_kernel(getkey):
+def test_every_candidate_is_moved_at_every_step(getkey):
     kernel = jr.normal(getkey(), (1, 3, 2, 3, 3))
-    state = _random_start(kernel)
+    state = _started(kernel, num_steps=0)
     cells = state.value.size
-    assert cells > 10
-    moved = 0
-    for step in range(1, -(-cells // 4) + 1):
-        state, _ = _step(kernel, state)
-        moved = int(jnp.sum(state.value > 0))
-        assert 4 * (step - 1) < moved
-        assert state.value[0, state.leader[0]] == jnp.max(state.value)
-    assert moved == cells
-    for _ in range(60):
+    assert cells > 30
+    np.testing.assert_array_equal(state.value, 0)
+    first, _ = _step(kernel, state)
+    assert jnp.all(first.value > 0)
+    assert jnp.all(jnp.any(first.v != state.v, axis=-1))
+    # Even those that converged long ago see another kernel at once, each in its cell.
+    old = first
+    for _ in range(20):
+        old, _ = _step(kernel, old)
+    other = jr.normal(getkey(), kernel.shape)
+    new, sigma = _step(other, old)
+    assert jnp.all(jnp.any(new.v != old.v, axis=-1))
+    assert jnp.all(new.value != old.value)
+    np.testing.assert_allclose(jnp.linalg.norm(new.v, axis=-1), 1, rtol=1e-12)
+    apart = jnp.abs(new.frequency - state.frequency)
+    assert jnp.all(apart <= 2 * math.pi / 8)
+    assert len(np.unique(np.round(new.frequency, 3), axis=1)[0]) > 10
+    # None of the values is above the norm, and the estimate is not below any of them.
+    assert jnp.max(new.value) <= sigma * (1 + 1e-12)
+    assert sigma <= supremum(other[0]) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("broken", [jnp.nan, jnp.inf, -jnp.inf])
+def test_nothing_is_kept_of_a_broken_kernel(broken, getkey):
+    kernel = jr.normal(getkey(), (1, 3, 2, 3, 3))
+    state = _started(kernel)
+    for _ in range(5):
         state, sigma = _step(kernel, state)
-    kept, broken = _step(kernel.at[0, 0, 0, 0, 0].set(jnp.nan), state)
-    assert jnp.isnan(broken)
-    assert jnp.array_equal(kept.value, state.value)
-    assert jnp.array_equal(kept.u, state.u)
+    np.testing.assert_allclose(sigma, supremum(kernel[0]), rtol=1e-6)
+    kept = state
+    for place in [(0, 0, 0, 0, 0), (0, 2, 1, 1, 1), ...]:
+        kept, value = _step(kernel.at[place].set(broken), kept)
+        assert jnp.isnan(value)
+        assert eqx.tree_equal(kept, state)
     _, restored = _step(kernel, kept)
     np.testing.assert_allclose(restored, sigma, rtol=1e-9)
+
+
+def test_a_start_at_a_broken_kernel_recovers(getkey):
+    kernel = jr.normal(getkey(), (1, 3, 2, 3, 3))
+    state = _started(kernel.at[0, 0, 0, 0, 0].set(jnp.nan))
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(state))
+    for _ in range(3):
+        state, sigma = _step(kernel, state)
+    np.testing.assert_allclose(sigma, supremum(kernel[0]), rtol=1e-3)
