@@ -59,12 +59,9 @@ def test_layouts_and_processes():
     for layout in ("fsdp", "tensor"):
         _check_equal(results[layout], results["one device"])
         sent = results[layout]["advance"]
-        assert {kind for kind, _ in sent} <= {"all-reduce", "all-gather"}
+        assert {kind for kind, _ in sent} == {"all-reduce"}
         # The all-reduces are of Gram matrices and of blocks of 8 or 24 vectors.
         assert max(size for _, size in sent) < _DENSE // 2
-        # The one all-gather is of the vectors of the convolution's five candidates.
-        gathered = [size for kind, size in sent if kind == "all-gather"]
-        assert gathered == [5 * 8 * 16]
     step, plain = results["fsdp"]["step"], results["fsdp"]["plain step"]
     assert _gathered(step) == _gathered(plain)
 
