@@ -50,7 +50,7 @@ _MOST_CELLS = 512
 FORESIGHT, RISE = 4.0, 1e-4
 MOST_MOVES = 16
 # Of what is added to the vectors, the length.
-_LITTLE = 2e-2
+_LITTLE = 1e-2
 # Of the search in float64: leaders, and steps.
 _FEW, _SEARCH_STEPS = 4, 24
 # All candidates are moved a quarter of them at a time, or so many.
