@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Complex, Float, Inexact, PyTree
 
 from .._operators import LatticeConvolution
 from ._lattice_power import init_lattice_state, leading_frequency
-from ._rows import stop_gradient
+from ._rows import largest_of, stop_gradient
 from ._triplet import (
     differentiable_norm,
     differentiable_triplet,
@@ -18,8 +18,8 @@ from ._triplet import (
 )
 
 
-# The search for the frequency, from a cold start. Of the kernels in the tests a third as
-# many steps end within 2e-8 of the supremum, and these within 1e-8.
+# The search for the frequency, from a cold start: for every kernel in the tests it ends
+# within 1e-8 of the supremum, and within 2e-8 after a third of the steps.
 _BLOCK_SIZE = 8
 _NUM_STEPS = 384
 
@@ -36,7 +36,9 @@ def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Arr
     def group_norm(kernel: Array, frequency: Array) -> Float[Array, ""]:
         return _sigma_at(kernel, frequency, find)
 
-    return operator.gain * jnp.max(jax.vmap(group_norm)(operator.kernel, frequencies))
+    return operator.gain * largest_of(
+        jax.vmap(group_norm)(operator.kernel, frequencies)
+    )
 
 
 def lattice_norm_residual(

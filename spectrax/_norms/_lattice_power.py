@@ -41,7 +41,7 @@ from ._candidates import (
     plane_waves,
     unit,
 )
-from ._rows import stop_gradient
+from ._rows import largest_of, stop_gradient
 
 
 _MOST_CELLS = 512
@@ -267,7 +267,7 @@ def lattice_value(
     Differentiable in the kernel, with `v` and `u = F v / |F v|` held fixed.
     """
     values, _, _ = _leaders(operator, state)
-    sigma = jnp.max(jnp.asarray(values))
+    sigma = largest_of(jnp.asarray(values))
     return operator.gain * jnp.where(jnp.isfinite(sigma), sigma, jnp.nan)
 
 

@@ -35,7 +35,7 @@ from ._lattice_power import (
     RISE,
 )
 from ._power import leading_residual, leading_value, power_step, PowerState, RowState
-from ._rows import random_rows, stop_gradient
+from ._rows import largest_of, random_rows, stop_gradient
 
 
 # As with `OperatorLike`: a wrong one gets a message of ours.
@@ -231,7 +231,7 @@ def singular_value(
         return lattice_value(operator, _checked_lattice_state(operator, state))
     if (matrices := mode_matrices(operator)) is not None:
         state = _checked_mode_state(matrices, state)
-        return jnp.max(jax.vmap(singular_value)(matrices, state))
+        return largest_of(jax.vmap(singular_value)(matrices, state))
     return leading_value(operator, _to_rows(operator, state))
 
 

@@ -107,3 +107,13 @@ def keep_where(
 ) -> Inexact[Array, "block size"]:
     """Chooses row by row."""
     return jax.vmap(jnp.where)(condition, new, old)
+
+
+def largest_of(values: Float[Array, " n"]) -> Float[Array, ""]:
+    """The largest entry, NaN if there is one. Its derivative is that of one entry.
+
+    The derivative of `jnp.max` compares the entries with the maximum. If the compiler
+    computes them a second time for that, and rounds otherwise, none of them is equal,
+    and the derivative is 0 / 0.
+    """
+    return values[jnp.argmax(lax.stop_gradient(values))]

@@ -18,6 +18,7 @@ from .._operators import (
     OperatorLike,
 )
 from ._lattice_norm import lattice_norm, lattice_norm_residual
+from ._rows import largest_of
 from ._triplet import differentiable_norm, triplet_residual, TripletFinder
 
 
@@ -137,7 +138,7 @@ def _norm(operator: Operator, find: TripletFinder) -> Float[Array, ""]:
     if isinstance(operator, LatticeConvolution):
         return lattice_norm(operator, find)
     if (matrices := mode_matrices(operator)) is not None:
-        return jnp.max(_mode_norms(matrices, find))
+        return largest_of(_mode_norms(matrices, find))
     return differentiable_norm(operator, find)
 
 
