@@ -18,18 +18,18 @@ import numpy as np
 import scipy.fft
 import scipy.linalg
 import scipy.optimize
+import scipy.sparse.linalg
 from jaxtyping import Array, Complex, Float
 from threadpoolctl import ThreadpoolController
 
 
-# Channels up to which all of the grid is decomposed; above, its maxima only.
+# Channels up to which the grid's matrices are decomposed; above, ARPACK is faster.
 _FEW = 16
 _CHUNK_BYTES = 2**23
 # Small products in several threads mostly wait for each other on shared cores.
 _THREADS = ThreadpoolController()
 
 _Kernel = Float[np.ndarray, "out in *taps"]
-_Symbols = Complex[np.ndarray, "points out in"]
 
 
 def matrix_norm(matrix: Any) -> float:
@@ -40,7 +40,8 @@ def matrix_norm(matrix: Any) -> float:
 def layer_norm(layer: Any, *, fewest: int = 64) -> float:
     """Of a Linear layer, or of a zero-padded convolution at every input size.
 
-    The grid has eight points for each tap and at least `fewest`, along every axis.
+    The grid has eight points for each tap along every axis, and at least `fewest` if
+    the channels are few.
     """
     if isinstance(layer, eqx.nn.Linear):
         return matrix_norm(layer.weight)
@@ -72,15 +73,12 @@ def lattice_norm(kernel: _Kernel, *, fewest: int = 64, starts: int = 8) -> float
     if not kernel.any():
         return 0.0
     taps = kernel.shape[2:]
-    counts = [1 if k == 1 else max(fewest, 8 * k) for k in taps]
+    large = min(kernel.shape[:2]) > _FEW
+    counts = [1 if k == 1 else max(0 if large else fewest, 8 * k) for k in taps]
     heights = _heights(kernel, counts)
     tops = np.argwhere(_is_top(heights))
     frequencies = 2 * np.pi * tops / np.array(counts)
-    if min(kernel.shape[:2]) > _FEW:
-        height = np.array([_largest(kernel, w)[0] for w in frequencies])
-    else:
-        height = heights[tuple(tops.T)]
-    best = np.argsort(-height)[:starts]
+    best = np.argsort(-heights[tuple(tops.T)])[:starts]
     return max(_climbed(kernel, frequencies[i]) for i in best)
 
 
@@ -106,26 +104,35 @@ def _folded(kernels: np.ndarray, axis: int, stride: int) -> np.ndarray:
 
 
 def _heights(kernel: _Kernel, counts: list[int]) -> Float[np.ndarray, "*half_grid"]:
-    """Norms on the grid, half of it as the kernel is real: of small matrices exactly,
-    of large ones an upper estimate in float32, or 0 where it is below another's norm.
-    """
+    """Norms on half of the grid, as the kernel is real; of large matrices to 1e-3."""
     few = min(kernel.shape[:2]) <= _FEW
-    kernel = kernel.astype(np.float64 if few else np.float32)
     *leading, last = counts
     rest = tuple(range(2, 2 + len(leading)))
     spectrum: Any = scipy.fft.rfft(kernel, last, axis=-1)
     # A few frequencies of the last axis at a time, to fit into memory and cache.
     chunk = max(1, _CHUNK_BYTES // (spectrum[..., 0].nbytes * math.prod(leading)))
-    parts, floor = [], 0.0
+    parts = []
     for i in range(0, spectrum.shape[-1], chunk):
         part: Any = scipy.fft.fftn(spectrum[..., i : i + chunk], leading, axes=rest)
         symbols = part.reshape(*part.shape[:2], -1).transpose(2, 0, 1)
         if few:
             norms = np.sqrt(np.maximum(np.linalg.eigvalsh(_gram(symbols))[:, -1], 0))
         else:
-            norms, floor = _upper_estimates(symbols, floor)
+            norms = np.array([_krylov_norm(symbol) for symbol in symbols])
         parts.append(norms.reshape(part.shape[2:]))
     return np.concatenate(parts, axis=-1)
+
+
+def _krylov_norm(symbol: Complex[np.ndarray, "out in"]) -> float:
+    symbol = np.ascontiguousarray(symbol, np.complex64)
+    adjoint = np.ascontiguousarray(symbol.conj().T)
+    square = scipy.sparse.linalg.LinearOperator(
+        (symbol.shape[1],) * 2,
+        matvec=lambda v: adjoint @ (symbol @ v),
+        dtype=np.complex64,
+    )
+    values = scipy.sparse.linalg.eigsh(square, k=1, tol=1e-3, return_eigenvectors=False)
+    return math.sqrt(max(float(values[0]), 0.0))
 
 
 def _gram(symbols: Complex[np.ndarray, "*points out in"]) -> np.ndarray:
@@ -133,30 +140,6 @@ def _gram(symbols: Complex[np.ndarray, "*points out in"]) -> np.ndarray:
     adjoint = np.ascontiguousarray(symbols.conj().swapaxes(-1, -2))
     tall = symbols.shape[-2] > symbols.shape[-1]
     return adjoint @ symbols if tall else symbols @ adjoint
-
-
-def _upper_estimates(
-    symbols: _Symbols, floor: float
-) -> tuple[Float[np.ndarray, " points"], float]:
-    """`(sum_i sigma_i ** 16) ** (1 / 16)`, a few percent above the norm at most, where
-    the same with 4 and 8 are not below `floor` already, and the floor, raised.
-    """
-    alive, upper = np.arange(len(symbols)), np.zeros(len(symbols))
-    gram, log_norm = _gram(symbols), np.zeros(len(symbols))
-    for power in (1, 2, 4):
-        scale = np.linalg.norm(gram, axis=(1, 2))
-        log_norm += np.log(scale) / power
-        top = symbols[alive[np.argmax(log_norm)]]
-        floor = max(floor, float(np.linalg.norm(top, 2)))
-        keep = np.exp(log_norm / 2) >= (1 - 1e-4) * floor
-        alive, log_norm = alive[keep], log_norm[keep]
-        if not alive.size:
-            break
-        if power < 4:
-            gram = gram[keep] / scale[keep, None, None]
-            gram = gram @ gram
-    upper[alive] = np.exp(log_norm / 2)
-    return upper, floor
 
 
 def _is_top(heights: Float[np.ndarray, "*half_grid"]) -> np.ndarray:

@@ -21,7 +21,7 @@ from ._triplet import (
 # The search for the frequency, from a cold start: for every kernel in the tests it ends
 # within 1e-8 of the supremum, and within 2e-8 after a third of the steps.
 _BLOCK_SIZE = 8
-_NUM_STEPS = 384
+_NUM_STEPS = 288
 
 
 def lattice_norm(operator: LatticeConvolution, find: TripletFinder) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Complex, Float, Inexact, Int, PRNGKeyArray
+from jaxtyping import Array, Complex, Float, Inexact, Int, PRNGKeyArray
 
 from .._custom_types import AnyArray
 from .._dtypes import at_least_float32, real_dtype
@@ -52,7 +52,7 @@ MOST_MOVES = 16
 # Of what is added to the vectors, the length.
 _LITTLE = 1e-2
 # Of the search in float64: leaders, and steps.
-_FEW, _SEARCH_STEPS = 4, 24
+_FEW, _SEARCH_STEPS = 4, 64
 # All candidates are moved a quarter of them at a time, or so many.
 _PARTS, _MOST_AT_ONCE = 4, 32
 
@@ -80,19 +80,23 @@ class LatticePowerState(eqx.Module):
 def init_lattice_state(
     operator: LatticeConvolution, key: PRNGKeyArray, block_size: int, num_steps: int
 ) -> LatticePowerState:
-    """Random vectors, then a quarter of `num_steps` steps, each of which is some moves.
+    """Random vectors, then a third of `num_steps` steps, each of which is some moves.
 
     Of a concrete kernel by NumPy, for which nothing has to be compiled.
     """
     kernel = _widened(operator.kernel)
-    steps = -(-num_steps // 4)
+    steps = -(-num_steps // 3)
     if is_concrete((kernel, key)):
         seed = np.asarray(jr.key_data(key)).ravel().tolist()
         return to_jax(_searched(np.asarray(kernel), seed, block_size, steps))
     shape = _shape_of_parts(kernel)
     parts = jr.normal(key, shape, real_dtype(kernel.dtype))
     state = _off_centre(kernel, parts, block_size)
-    return lax.fori_loop(0, steps, lambda _, state: _step(kernel, state), state)
+
+    def step(i: Array, state: LatticePowerState) -> LatticePowerState:
+        return _step(kernel, state, little=jnp.where(2 * i < steps, _LITTLE, 0.0))
+
+    return lax.fori_loop(0, steps, step, state)
 
 
 def searched_norm(operator: LatticeConvolution) -> float:
@@ -118,12 +122,14 @@ def _searched(
     block_size: int,
     num_steps: int,
 ) -> LatticePowerState:
-    """So many steps from random vectors, in NumPy."""
+    """So many steps from random vectors, in NumPy. The second half adds nothing to the
+    vectors, so that they converge.
+    """
     draw = np.random.default_rng(seed).standard_normal(_shape_of_parts(kernel))
     state = _off_centre(kernel, draw.astype(real_dtype(kernel.dtype)), block_size)
     with one_thread():
-        for _ in range(num_steps):
-            state = _step(kernel, state)
+        for i in range(num_steps):
+            state = _step(kernel, state, little=_LITTLE if 2 * i < num_steps else 0.0)
     return state
 
 
@@ -163,14 +169,15 @@ def _step(
     kernel: Inexact[AnyArray, "groups out in *taps"],
     state: LatticePowerState,
     *,
-    little: float = 0.0,
+    little: float | Float[Array, ""],
 ) -> LatticePowerState:
     """Some candidates at a time: first each once, then the most promising, as long as
     any of them could rise above the best. One loop for both, as what is in a loop is
     compiled once.
 
     A `little` of everything is added to the vectors first, so that a direction which
-    they have lost altogether is found again if it grows. The moves after it leave less
+    they have lost altogether is found again if it grows, and that none stays where it
+    rises only if frequency and vector change together. The moves after it leave less
     than 1e-4 of it in the value.
     """
     xp = namespace(kernel)
@@ -182,80 +189,89 @@ def _step(
     parts = -(-count // some)
     everyone = xp.arange(count, dtype=np.int32)
 
-    def unfinished(carry: tuple[Candidates, AnyArray, AnyArray]) -> AnyArray:
-        found, promise, moves = carry
-        enough = xp.max(found.value) * (1 + RISE)
-        rising = (xp.max(promise) > enough) & (moves < parts + MOST_MOVES)
+    def unfinished(carry: tuple[AnyArray, AnyArray]) -> AnyArray:
+        rows, moves = carry
+        enough = xp.max(rows[..., -2]) * (1 + RISE)
+        rising = (xp.max(rows[..., -1]) > enough) & (moves < parts + MOST_MOVES)
         return (moves < parts + 1) | rising
 
-    def body(
-        carry: tuple[Candidates, AnyArray, AnyArray],
-    ) -> tuple[Candidates, AnyArray, AnyArray]:
-        found, promise, moves = carry
+    def body(carry: tuple[AnyArray, AnyArray]) -> tuple[AnyArray, AnyArray]:
+        rows, moves = carry
         in_turn = (moves * some + everyone[:some]) % count
-        best = places_of_largest(promise, some)
+        best = places_of_largest(rows[..., -1], some)
         places = xp.where(moves < parts, in_turn[None], best)
-        chosen = places[..., None] == everyone[None, None]
-        old = Candidates(*(_selected(chosen, field) for field in found))
-        some_cells = Cells(_selected(chosen, centre), cells.half)
-        added = xp.where(moves < parts, little, 0.0).astype(found.v.dtype)
-        added = added * _chirps(places, kernel)
-        new = move(kernel, some_cells, old, added)
-        found = Candidates(
-            *(_replaced(chosen, x, y) for x, y in zip(found, new, strict=True))
-        )
-        promise = _replaced(chosen, promise, _promise(new, old))
-        return found, promise, moves + 1
+        chosen = (places[..., None] == everyone[None, None]).astype(rows.dtype)
+        old, centre = _from_rows(matmul(chosen, rows), kernel)
+        added = xp.where(moves < parts, little, 0.0).astype(old.v.dtype)
+        added = added * _scattered(places, kernel)
+        new = move(kernel, Cells(centre, cells.half), old, added)
+        new_rows = _to_rows(new, centre, _promise(new, old))
+        keep = xp.max(chosen, axis=1)[..., None] == 0
+        rows = xp.where(keep, rows, matmul(xp.swapaxes(chosen, 1, 2), new_rows))
+        return rows, moves + 1
 
     before = Candidates(state.v, state.frequency, state.value)
-    start = before, state.value, xp.zeros((), np.int32)
-    found, _, _ = while_loop(unfinished, body, start)
+    start = _to_rows(before, centre, state.value), xp.zeros((), np.int32)
+    rows, _ = while_loop(unfinished, body, start)
+    found, _ = _from_rows(rows, kernel)
     return LatticePowerState(*found, state.block_size)
 
 
-def _chirps(
+def _to_rows(
+    candidates: Candidates,
+    centre: Float[AnyArray, "groups some dim"],
+    promise: Float[AnyArray, "groups some"],
+) -> Float[AnyArray, "groups some all"]:
+    """All that belongs to a candidate, in one row of real numbers, so that one product
+    picks some of them. Value and promise come last.
+    """
+    xp = namespace(promise)
+    v, frequency, value = candidates
+    numbers = xp.stack([value, promise], axis=-1)
+    parts = [xp.real(v), xp.imag(v), frequency, centre, numbers]
+    return xp.concatenate(parts, axis=-1)
+
+
+def _from_rows(
+    rows: Float[AnyArray, "groups some all"],
+    kernel: Inexact[AnyArray, "groups out in *taps"],
+) -> tuple[Candidates, Float[AnyArray, "groups some dim"]]:
+    """The candidates, and the centres of their cells."""
+    in_, dim = kernel.shape[2], kernel.ndim - 3
+    v = complex_of(rows[..., :in_], rows[..., in_ : 2 * in_])
+    frequency = rows[..., 2 * in_ : 2 * in_ + dim]
+    centre = rows[..., 2 * in_ + dim : 2 * in_ + 2 * dim]
+    return Candidates(v, frequency, rows[..., -2]), centre
+
+
+def _scattered(
     places: Int[AnyArray, "groups some"],
     kernel: Inexact[AnyArray, "groups out in *taps"],
 ) -> Complex[AnyArray, "groups some in"]:
-    """Unit vectors of entries of equal size, whose phases grow quadratically, so that
-    they have something of every smooth and of every sparse vector.
+    """A vector of about unit length for each place, whose entries are spread evenly
+    over a square and repeat nowhere, so that it has something of every direction.
+
+    Fractional parts of quadratic sequences, which cost a product: whatever needs the
+    vectors may compute them anew.
     """
     xp = namespace(kernel)
     size, dtype = kernel.shape[2], real_dtype(kernel.dtype)
-    place = xp.arange(1, size + 1, dtype=dtype)[None, None]
-    cell = (places[..., None] + 1).astype(dtype)
-    turns = 0.6180339887 * place * place + 0.7548776662 * cell * place
-    angle = 2 * math.pi * (turns - xp.floor(turns))
-    amount = 1 / math.sqrt(size)
-    return complex_of(amount * xp.cos(angle), amount * xp.sin(angle))
+    place = np.arange(1, size + 1)
+    amount = math.sqrt(6 / size)
+
+    def part(quadratic: float, linear: float) -> AnyArray:
+        start = xp.asarray(quadratic * place**2 % 1, dtype)[None, None]
+        stride = xp.asarray(linear * place % 1, dtype)[None, None]
+        turns = start + stride * (places[..., None] + 1).astype(dtype)
+        return amount * (turns - xp.floor(turns) - 0.5)
+
+    return complex_of(part(0.6180339887, 0.7548776662), part(0.4142135624, 0.569840291))
 
 
 def _promise(new: Candidates, old: Candidates) -> Float[AnyArray, "groups some"]:
     """What a value becomes if it goes on rising as it did."""
     rise = new.value - old.value
     return new.value + FORESIGHT * namespace(rise).maximum(rise, 0)
-
-
-def _selected(
-    chosen: Bool[AnyArray, "groups some all"], field: Inexact[AnyArray, "groups all *r"]
-) -> Inexact[AnyArray, "groups some *r"]:
-    """The chosen ones of all candidates."""
-    flat = field.reshape(*field.shape[:2], -1)
-    rows = matmul(chosen.astype(field.dtype), flat)
-    return rows.reshape(*chosen.shape[:2], *field.shape[2:])
-
-
-def _replaced(
-    chosen: Bool[AnyArray, "groups some all"],
-    field: Inexact[AnyArray, "groups all *r"],
-    values: Inexact[AnyArray, "groups some *r"],
-) -> Inexact[AnyArray, "groups all *r"]:
-    """All candidates, with other ones in the place of those that were chosen."""
-    xp = namespace(field)
-    flat = values.reshape(*values.shape[:2], -1)
-    rows = matmul(xp.swapaxes(chosen, 1, 2).astype(field.dtype), flat)
-    keep = xp.any(chosen, axis=1).reshape(*field.shape[:2], *(1,) * (field.ndim - 2))
-    return xp.where(keep, rows.reshape(field.shape), field)
 
 
 def lattice_value(
@@ -333,7 +349,10 @@ def _cells(kernel: Inexact[AnyArray, "groups out in *taps"]) -> Cells:
     most = int(_MOST_CELLS ** (1 / len(taps)) + 1e-9)
     # The symbol has degree k - 1. With three cells per degree, and eight at least, few
     # candidates end on a lesser maximum of their cell; with two, up to one in five did.
-    counts = [1 if k == 1 else min(max(8, 3 * (k - 1)), most) for k in taps]
+    # An even number, so that the symbol of a real kernel is real at some centres and at
+    # no edge, where a vector that became real could not go on.
+    fine = [max(8, 3 * (k - 1) + (k - 1) % 2) for k in taps]
+    counts = [1 if k == 1 else min(n, most) for k, n in zip(taps, fine, strict=True)]
     points = list(it.product(*map(range, counts)))
     if not xp.iscomplexobj(kernel):
         points = [

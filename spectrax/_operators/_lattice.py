@@ -7,10 +7,12 @@ is a compression of that operator, and a circular one has the norms of `F` on a 
 frequencies, so the supremum over the frequencies bounds them all.
 """
 
+import functools as ft
 import math
 from typing import cast
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
@@ -96,12 +98,7 @@ def lattice_convolution(
     gain: float,
 ) -> LatticeConvolution:
     """The lattice operator of `equinox.nn.Conv` with this weight and configuration."""
-    out, in_per_group, *taps = weight.shape
-    kernel = weight.reshape(groups, out // groups, in_per_group, *taps)
-    for axis, (s, d) in enumerate(zip(stride, dilation, strict=True), start=3):
-        # Dilation alone only permutes the frequencies; with a stride it matters.
-        if s > 1:
-            kernel = _fold_stride(_dilate(kernel, axis, d), axis, s)
+    kernel = _folded(weight, stride=stride, dilation=dilation, groups=groups)
     return LatticeConvolution(kernel, gain)
 
 
@@ -126,6 +123,25 @@ def lattice_convolution_transpose(
     return lattice_convolution(
         kernel, stride=stride, dilation=dilation, groups=groups, gain=1.0
     )
+
+
+# One program where the caller is not compiled.
+@ft.partial(jax.jit, static_argnames=("stride", "dilation", "groups"))
+def _folded(
+    weight: Inexact[Array, "out in_per_group *taps"],
+    *,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Inexact[Array, "_groups _out _in *folded_taps"]:
+    """The kernel of each group, with the stride in its input channels."""
+    out, in_per_group, *taps = weight.shape
+    kernel = weight.reshape(groups, out // groups, in_per_group, *taps)
+    for axis, (s, d) in enumerate(zip(stride, dilation, strict=True), start=3):
+        # Dilation alone only permutes the frequencies; with a stride it matters.
+        if s > 1:
+            kernel = _fold_stride(_dilate(kernel, axis, d), axis, s)
+    return kernel
 
 
 def _dilate(kernel: Array, axis: int, dilation: int) -> Array:
