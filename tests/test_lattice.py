@@ -558,3 +558,9 @@ def test_a_start_at_a_broken_kernel_recovers(getkey):
     for _ in range(3):
         state, sigma = _step(kernel, state)
     np.testing.assert_allclose(sigma, supremum(kernel[0]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 0, 3), (1, 0, 2, 3), (0, 1, 1, 3)])
+def test_empty_kernel_is_refused(shape):
+    with pytest.raises(ValueError, match=r"at least one group, one channel and one ta"):
+        spectrax.LatticeConvolution(jnp.zeros(shape), 1.0)

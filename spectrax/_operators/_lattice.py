@@ -40,10 +40,20 @@ class LatticeConvolution(eqx.Module):
     - `kernel`: `[groups, out, in, *taps]`, both channels per group, after `stride` has
         been folded.
     - `gain`: see above.
+
+    **Raises:** `ValueError` if the kernel has no entries.
     """
 
     kernel: Inexact[Array, "groups out in *taps"]
     gain: float = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        if 0 in self.kernel.shape:
+            raise ValueError(
+                "A convolution needs at least one group, one channel and one tap on "
+                f"each axis, but its kernel has the shape {self.kernel.shape} "
+                "`[groups, out, in, *taps]`."
+            )
 
     def symbol(
         self, frequency: Float[Array, "points dim"]
