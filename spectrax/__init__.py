@@ -22,6 +22,7 @@ from ._inspect import (
     summary as summary,
     SummaryRow as SummaryRow,
 )
+from ._lazy import ScaledWeight as ScaledWeight
 from ._norms import (
     AbstractEstimator as AbstractEstimator,
     ExactSVD as ExactSVD,
@@ -40,12 +41,8 @@ from ._operators import (
     LatticeConvolution as LatticeConvolution,
 )
 from ._rules import layer_operator as layer_operator, register_layer as register_layer
-from ._wrap import (
-    advance as advance,
-    unwrap as unwrap,
-    wrap as wrap,
-    Wrapped as Wrapped,
-)
+from ._wrap import constrain as constrain, wrap as wrap
+from ._wrapped import advance as advance, unwrap as unwrap, Wrapped as Wrapped
 
 
 __version__ = importlib.metadata.version("spectrax-norm")

@@ -24,7 +24,7 @@ from ._operators import LatticeConvolution, mode_matrices, Operator
 from ._select import search_weights
 from ._site import over_stack, Site, site_norm, site_operators, SiteState
 from ._tree import as_path, follow, nodes, Path, path_string, replace
-from ._wrap import sites_of, Wrapped, wrapped_modules
+from ._wrapped import sites_of, Wrapped
 
 
 _LARGEST_DENSE = 2**24
@@ -178,13 +178,18 @@ def summary(
         worst = max(row.true_norm / row.bound for row in table)
         ```
     """
-    wrapped_modules(model, "summary")
     weights = [
         (node.module, *found, as_path(key_path))
         for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped))
         if isinstance(node, Wrapped)
         for found in sites_of(node, state)
     ]
+    if not weights:
+        raise ValueError(
+            "`spectrax.summary` expected a model with something constrained in it, got "
+            f"{type(model).__name__} with nothing. Constrain it first: `model, state = "
+            "spectrax.constrain(model)`."
+        )
     rows: list[SummaryRow] = []
     for module, site, own, constraint, root in progress(weights):
         rows += _rows(module, site, own, constraint, root, enclosure, true_norm)

@@ -8,85 +8,12 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import PRNGKeyArray, PyTree
 
-from ._certify import certified_site_weight
-from ._constraints import AbstractConstraint, apply_scale, Normalize
+from ._constraints import AbstractConstraint, Normalize
 from ._norms import AbstractEstimator, PowerIteration
-from ._scaled import ScaledLayer, scales_output
 from ._select import check_weight, find_weights, rule_at, select_weights
-from ._site import advance_site, init_site, Site, site_norm, SiteState, View
-from ._tree import as_path, follow, nodes, Path, path_string, replace
-
-
-class Wrapped(eqx.nn.StatefulLayer):
-    """A module some of whose weights are constrained: what [`spectrax.wrap`][] returns.
-
-    A pytree with the raw weights as its trainable leaves. The vectors of power
-    iteration and fixed bounds are in the `equinox.nn.State`. Made by `wrap`, from the
-    constrained weights (`sites`) with their `constraints` and first `states`.
-
-    - `module`: the module as it was given, with raw weights.
-    - `constraints`: of each constrained weight the constraint if it is trained, as a
-        `LearnableBound` is, else `None`. [`spectrax.summary`][] shows all of them.
-    - `inference`: if `True`, nothing advances. Set by `equinox.nn.inference_mode`.
-    """
-
-    module: Any
-    constraints: tuple[AbstractConstraint | None, ...]
-    # One index for all sites, as JAX walks through all of this at each call.
-    memory: eqx.nn.StateIndex | None
-    sites: tuple[Site, ...] = eqx.field(static=True)
-    inference: bool
-
-    def __init__(
-        self,
-        module: PyTree,
-        sites: Sequence[Site] = (),
-        constraints: Sequence[AbstractConstraint | None] = (),
-        states: Sequence[SiteState] = (),
-    ):
-        """Used by `wrap`; without `sites` nothing is constrained."""
-        self.module = module
-        self.constraints = tuple(constraints)
-        self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None
-        self.sites = tuple(sites)
-        self.inference = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Advances the state, then calls the module with constrained weights.
-
-        **Arguments:** the module's own, then `state`, the last positional or a keyword
-        argument.
-
-        **Returns:**
-
-        The module's output and the new state. A module that itself carries state, as
-        one with `equinox.nn.BatchNorm` does, is handed the state and returns the pair
-        itself.
-
-        **Raises:** `TypeError` if there is no state.
-        """
-        state, place = _find_state(args, kwargs)
-        if state is None:
-            if self.sites:
-                raise TypeError(
-                    "expected an `equinox.nn.State` among the arguments, as in "
-                    "`model(*args, state)`, got none. The state comes from "
-                    "`equinox.nn.make_with_state(spectrax.wrap)(module)`."
-                )
-            return self.module(*args, **kwargs)
-        module = self.module
-        if self.sites:
-            state = advance(self, state)
-            module = unwrap(self, state)
-        if _is_stateful(module):
-            args, kwargs = _put(args, kwargs, place, [state])
-            return module(*args, **kwargs)
-        args, kwargs = _put(args, kwargs, place, [])
-        return module(*args, **kwargs), state
-
-    def is_stateful(self) -> bool:
-        """Whether a state has to be passed: not once it is unwrapped."""
-        return bool(self.sites) or _is_stateful(self.module)
+from ._site import init_site, Site, SiteState, View
+from ._tree import as_path, nodes, Path, path_string
+from ._wrapped import Wrapped
 
 
 def wrap(
@@ -103,9 +30,9 @@ def wrap(
     """Constrains the weights of a layer, or of every layer of a model.
 
     The module's own code does not change: at each call it runs with constrained weights
-    in the place of the raw ones. To be made into a model and its state by
-    `equinox.nn.make_with_state(spectrax.wrap)(module)`, or inside the `__init__` of
-    another module that is made so.
+    in the place of the raw ones. A model and its state come from
+    [`spectrax.constrain`][]; `wrap` itself is for the `__init__` of another module that
+    `equinox.nn.make_with_state` makes.
 
     What the bound of a weight means, for each layer type: for `Linear`, `Conv1d/2d/3d`
     and `ConvTranspose1d/2d/3d` it bounds the layer's Lipschitz constant, for
@@ -161,16 +88,24 @@ def wrap(
         import spectrax
 
         key = jax.random.key(0)
-        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)
 
 
-        @eqx.filter_jit
-        def evaluate(model, state, x):
-            return model(x, state)
+        class Critic(eqx.Module):
+            features: spectrax.Wrapped
+            head: eqx.nn.Linear
+
+            def __init__(self, key):
+                keys = jax.random.split(key)
+                self.features = spectrax.wrap(eqx.nn.MLP(64, 32, 128, 2, key=keys[0]))
+                self.head = eqx.nn.Linear(32, 1, key=keys[1])
+
+            def __call__(self, x, state):
+                x, state = self.features(x, state)
+                return self.head(x), state
 
 
-        y, state = evaluate(model, state, jax.random.normal(key, (64,)))
+        critic, state = eqx.nn.make_with_state(Critic)(key)
+        y, state = eqx.filter_jit(critic)(jax.random.normal(key, (64,)), state)
         ```
     """
     _check_unwrapped(module)
@@ -218,180 +153,74 @@ def wrap(
     return Wrapped(module, sites, trained, states)
 
 
-def advance(
-    model: PyTree, state: eqx.nn.State, *, num_steps: int | None = None
-) -> eqx.nn.State:
-    """Brings the estimates of all constrained weights up to date with the weights.
+def constrain(
+    module: PyTree,
+    *,
+    constraint: AbstractConstraint | Sequence[AbstractConstraint] = Normalize(),
+    estimator: AbstractEstimator | Sequence[AbstractEstimator] = PowerIteration(),
+    where: Callable[[PyTree], Any] | None = None,
+    view: View | None = None,
+    input_size: Sequence[int] | None = None,
+    state: eqx.nn.State | None = None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Wrapped, eqx.nn.State]:
+    """A model with constrained weights, and its state.
 
-    To be called once after (or before) each update of the weights; any number of calls
-    of the model can then share one [`spectrax.unwrap`][]. Calling a wrapped model does
-    it by itself. Modules in inference mode are left alone.
+    The same as `equinox.nn.make_with_state(spectrax.wrap)(module, ...)`.
 
-    **Arguments:**
-
-    - `model`: what `wrap` returned, or any pytree with such modules in it.
-    - `state`: the model's state. As always with `equinox.nn.State`, the old one becomes
-        invalid.
-    - `num_steps`: steps of power iteration; by default as many as each weight's
-        estimator was made with.
+    **Arguments:** those of [`spectrax.wrap`][].
 
     **Returns:**
 
-    The new state. It carries no derivative.
+    A [`spectrax.Wrapped`][] and an `equinox.nn.State`. Either call it, as `y, state =
+    model(*args, state)`, or use [`spectrax.advance`][] once for each update and the
+    plain module that [`spectrax.unwrap`][] returns.
 
-    **Cost:** for each weight, that of its estimator's step: see
-    [`spectrax.PowerIteration`][].
-
-    **Raises:** `ValueError` if nothing in `model` is wrapped, if `num_steps < 0`, or,
-    by Equinox, if `state` is an old one.
+    **Cost:** and what it **raises:** as `wrap`.
 
     !!! Example
-
-        A GAN's critic sees real and generated samples with the same weights:
 
         ```python
         import equinox as eqx
         import jax
+        import optax
         import spectrax
 
         key = jax.random.key(0)
-        critic = eqx.nn.MLP(2, "scalar", width_size=32, depth=2, key=key)
-        critic, state = eqx.nn.make_with_state(spectrax.wrap)(critic)
+        mlp = eqx.nn.MLP(64, 10, width_size=128, depth=2, key=key)
+        model, state = spectrax.constrain(mlp)
+        optimizer = optax.adam(1e-3)
+        memory = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
 
-        @eqx.filter_value_and_grad(has_aux=True)
-        def loss(critic, state, real, fake):
-            state = spectrax.advance(critic, state)
-            plain = spectrax.unwrap(critic, state)
-            difference = jax.vmap(plain)(fake) - jax.vmap(plain)(real)
-            return difference.mean(), state
+        @eqx.filter_value_and_grad
+        def loss(model, state, x, y):
+            network = spectrax.unwrap(model, state, lazy=True)
+            return ((jax.vmap(network)(x) - y) ** 2).mean()
 
 
-        real, fake = jax.random.normal(key, (2, 16, 2))
-        (value, state), gradient = loss(critic, state, real, fake)
+        @eqx.filter_jit
+        def step(model, state, memory, x, y):
+            value, gradient = loss(model, state, x, y)
+            change, memory = optimizer.update(gradient, memory)
+            model = eqx.apply_updates(model, change)
+            return model, spectrax.advance(model, state), memory, value
+
+
+        x = jax.random.normal(key, (32, 64))
+        model, state, memory, value = step(model, state, memory, x, x[:, :10])
         ```
     """
-    for wrapped in wrapped_modules(model, "advance"):
-        if wrapped.inference:
-            continue
-        new = [
-            advance_site(wrapped.module, site, site_state, num_steps)
-            for site, site_state, _ in sites_of(wrapped, state)
-        ]
-        if wrapped.memory is not None:
-            state = state.set(wrapped.memory, tuple(new))
-    return state
-
-
-def unwrap(model: PyTree, state: eqx.nn.State, *, certified: bool = False) -> PyTree:
-    """The model as it was before it was wrapped, with constrained weights.
-
-    Of the original classes, with all their methods, and differentiable: a loss of the
-    result has derivatives with respect to the raw weights in `model`, through the norms
-    (whose singular vectors are held fixed) and through trained bounds.
-
-    **Kind:** as the estimator's. With power iteration the norms are those that the
-    state has seen: call `advance` after an update of the weights. With
-    `certified=True`, proven: the norm of every constrained weight as it is stored, in
-    its own dtype after the last rounding, is at most its bound.
-
-    **Arguments:**
-
-    - `model`: what `wrap` returned, or any pytree with such modules in it.
-    - `state`: the model's state. It stays valid.
-    - `certified`: for deployment. The weights are scaled down further, until
-        [`spectrax.enclose_norm`][] proves the bound: by about the width of that
-        enclosure, 1e-4 or less for matrices and up to 1% for convolutions at every
-        input size, of which the raw weight's proven norm takes the place of the
-        estimate. They carry no derivative.
-
-    **Returns:**
-
-    `model` with each wrapped module replaced by its plain one. Inside another module,
-    whose own code passes a state, it is replaced by a [`spectrax.Wrapped`][] with
-    nothing left to do, which can be called with a state and without.
-
-    **Cost:** for each weight, one product with a vector and one pass to scale it. Where
-    `unwrap` is called while JAX differentiates, as in the loss of a training step,
-    `Linear` and `Embedding` layers scale their output instead, and cost no such pass;
-    to `isinstance`, `jax.tree` functions and in their attributes they are the layers
-    with scaled weights. If certified, two or three enclosures; one, and nothing to
-    compile, for a convolution at every input size outside of `jit` (two in bfloat16 and
-    float16).
-
-    **Raises:** `ValueError` if nothing in `model` is wrapped or, by Equinox, if `state`
-    is an old one; if certified, also if the `view` of a weight is an operator for which
-    there is no upper bound. By `equinox.error_if`, if a weight to be certified is not
-    finite.
-    """
-    wrapped_modules(model, "unwrap")
-
-    def plain(key_path: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, Wrapped):
-            return node
-        module = _constrained(node, state, certified)
-        inside_module = any(isinstance(key, jtu.GetAttrKey) for key in key_path)
-        return Wrapped(module) if inside_module else module
-
-    return jtu.tree_map_with_path(plain, model, is_leaf=_is_wrapped)
-
-
-def wrapped_modules(model: PyTree, caller: str) -> list[Wrapped]:
-    """All wrapped modules in a pytree; raises if there is none."""
-    found = [node for _, node in nodes(model, _is_wrapped) if _is_wrapped(node)]
-    if not any(wrapped.sites for wrapped in found):
-        raise ValueError(
-            f"`spectrax.{caller}` expected a model with something wrapped in it, got "
-            f"{type(model).__name__} with nothing. Wrap it first: `model, state = "
-            "equinox.nn.make_with_state(spectrax.wrap)(model)`."
-        )
-    return found
-
-
-def sites_of(
-    wrapped: Wrapped, state: eqx.nn.State
-) -> list[tuple[Site, SiteState, AbstractConstraint]]:
-    """Each constrained weight with what it carries and its constraint."""
-    if wrapped.memory is None:
-        return []
-    found = []
-    for site, trained, own in zip(
-        wrapped.sites, wrapped.constraints, state.get(wrapped.memory), strict=True
-    ):
-        constraint = own.constraint if trained is None else trained
-        assert constraint is not None
-        found.append((site, own, constraint))
-    return found
-
-
-def _constrained(
-    wrapped: Wrapped,
-    state: eqx.nn.State,
-    certified: bool,  # noqa: FBT001
-) -> PyTree:
-    paths, values = [], []
-    for site, own, constraint in sites_of(wrapped, state):
-        if certified:
-            path = site.path
-            value = certified_site_weight(wrapped.module, site, own, constraint)
-        else:
-            path, value = _replacement(wrapped.module, site, own, constraint)
-        paths.append(path)
-        values.append(value)
-    return replace(wrapped.module, paths, values)
-
-
-def _replacement(
-    module: PyTree, site: Site, state: SiteState, constraint: AbstractConstraint
-) -> tuple[Path, Any]:
-    """What a site's constraint puts in, and where: a weight, or a layer with it."""
-    weight = follow(module, site.path)
-    scale = constraint.scale(site_norm(module, site, state))
-    owner = site.path[:-1]
-    layer = follow(module, owner)
-    if scales_output(layer, weight, scale):
-        return owner, ScaledLayer(layer, scale)
-    return site.path, apply_scale(weight, scale)
+    return eqx.nn.make_with_state(wrap)(
+        module,
+        constraint=constraint,
+        estimator=estimator,
+        where=where,
+        view=view,
+        input_size=input_size,
+        state=state,
+        key=key,
+    )
 
 
 def _for_each(
@@ -413,30 +242,6 @@ def _for_each(
             f"{len(values)}."
         )
     return values
-
-
-def _find_state(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[eqx.nn.State | None, int | str]:
-    for place, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, eqx.nn.State):
-            return value, place
-    return None, 0
-
-
-def _put(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    place: int | str,
-    values: list[eqx.nn.State],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the one at `place` replaced by `values`, one or none."""
-    if isinstance(place, int):
-        return (*args[:place], *values, *args[place + 1 :]), kwargs
-    rest = {name: value for name, value in kwargs.items() if name != place}
-    if values:
-        rest[place] = values[0]
-    return args, rest
 
 
 def _with_state(module: PyTree, state: eqx.nn.State) -> PyTree:
@@ -470,7 +275,3 @@ def _is_wrapped(node: Any) -> bool:
 
 def _is_index(node: Any) -> bool:
     return isinstance(node, eqx.nn.StateIndex)
-
-
-def _is_stateful(module: PyTree) -> bool:
-    return any(_is_index(node) for _, node in nodes(module, _is_index))

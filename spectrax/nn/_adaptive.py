@@ -6,7 +6,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
 from .._constraints import AbstractConstraint, LearnableBound, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap, Wrapped
+from .._wrap import wrap
+from .._wrapped import Wrapped
 
 
 def AdaptiveSpectralNorm(

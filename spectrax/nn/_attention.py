@@ -9,7 +9,8 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
 from .._rules import register_layer
-from .._wrap import wrap, Wrapped
+from .._wrap import wrap
+from .._wrapped import Wrapped
 
 
 class HeadProjections(eqx.Module):

@@ -13,7 +13,8 @@ from .._constraints import AbstractConstraint, Normalize
 from .._enclosures import enclose_norm, up
 from .._norms import AbstractEstimator, PowerIteration
 from .._rules import layer_operator
-from .._wrap import unwrap, wrap, Wrapped
+from .._wrap import wrap
+from .._wrapped import unwrap, Wrapped
 from ._activations import max_min
 from ._fourier import FourierLayer
 from ._lipschitz import lipschitz_constant

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._constraints import LearnableBound, Normalize
 from .._enclosures import enclose_norm, up
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import unwrap, wrap, Wrapped
+from .._wrap import wrap
+from .._wrapped import unwrap, Wrapped
 from ._activations import max_min
 from ._l2_attention import l2_attention_growth, L2MultiheadAttention
 from ._lipschitz import lipschitz_constant

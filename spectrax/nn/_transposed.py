@@ -8,7 +8,8 @@ from jaxtyping import PRNGKeyArray
 
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap, Wrapped
+from .._wrap import wrap
+from .._wrapped import Wrapped
 
 
 def SpectralConvTranspose1d(

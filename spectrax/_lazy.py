@@ -1,0 +1,93 @@
+"""A weight times a scale, multiplied out only where somebody asks for the array."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Inexact
+
+from ._constraints import apply_scale
+from ._dtypes import widest
+
+
+# Their calls do nothing with a weight but multiply by it, or look up its rows. Not
+# those of subclasses, which may do more.
+_MULTIPLY_BY_WEIGHTS = (
+    eqx.nn.Linear,
+    eqx.nn.Embedding,
+    eqx.nn.GRUCell,
+    eqx.nn.LSTMCell,
+)
+
+
+def multiplies_by_weight(layer: object) -> bool:
+    """Whether a `ScaledWeight` in the place of a weight will do for a layer."""
+    return type(layer) in _MULTIPLY_BY_WEIGHTS
+
+
+class ScaledWeight(eqx.Module):
+    """The weight `scale * raw`, whose products are `scale * (raw @ x)`: a scaled copy
+    of a large weight costs more memory traffic than the layer itself.
+
+    What `spectrax.unwrap(model, state, lazy=True)` puts into layers. It has the shape,
+    the dtype and the rows of the weight, `@` multiplies by it, and functions of
+    `jax.numpy` take it as the array that it stands for. Products are accumulated in
+    float32 or wider and rounded once, after the scale.
+
+    - `raw`: the trained weight, `[out, in]`.
+    - `scale`: a real scalar.
+
+    **Cost:** that of the layer, and one number for each of its outputs.
+    """
+
+    raw: Inexact[Array, "out in"]
+    scale: Float[Array, ""]
+
+    def __matmul__(self, x: Inexact[Array, "in *batch"]) -> Inexact[Array, "..."]:
+        """`scale * (raw @ x)`."""
+        dtype = jnp.promote_types(self.raw.dtype, x.dtype)
+        wide = widest(dtype, self.scale.dtype)
+        product = jnp.matmul(self.raw, x, preferred_element_type=wide)
+        return _scaled(product, self.scale).astype(dtype)
+
+    def __getitem__(self, index: Any) -> Inexact[Array, "..."]:
+        """Those rows or entries of the scaled weight."""
+        chosen = self.raw[index]
+        wide = widest(chosen.dtype, self.scale.dtype)
+        return _scaled(chosen.astype(wide), self.scale).astype(chosen.dtype)
+
+    def __jax_array__(self) -> Inexact[Array, "out in"]:
+        """The scaled weight."""
+        return apply_scale(self.raw, self.scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.raw.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes: 2."""
+        return self.raw.ndim
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """That of the weight."""
+        return self.raw.dtype
+
+
+def _scaled(
+    output: Inexact[Array, "..."], scale: Float[Array, ""]
+) -> Inexact[Array, "..."]:
+    """`scale * output`.
+
+    Written as a matrix product, since the derivative in `scale` then is one too, summed
+    over the whole batch: several times faster on the CPU than its plain reductions.
+    """
+    return lax.dot_general(
+        output[..., None],
+        scale.astype(output.dtype)[None],
+        (((output.ndim,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )
