@@ -27,7 +27,7 @@ def main() -> None:
     print(f"{'depth':>6}{'plain ms':>10}{'again':>8}{'spectrax':>10}{'compile':>9}")
     for depth in args.depths:
         net = eqx.nn.MLP(args.width, args.width, args.width, depth - 1, key=jr.key(1))
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(net)
+        model, state = spectrax.constrain(net)
         loops = {
             "plain": train_loop(plain_forward, net, None, (x, y), 10),
             "again": train_loop(plain_forward, net, None, (x, y), 10),

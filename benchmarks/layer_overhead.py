@@ -93,7 +93,7 @@ def contestants(name: str, steps: int) -> dict[str, Loop]:
     def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
         if state is not None:
             state = spectrax.advance(model, state)
-            model = spectrax.unwrap(model, state)
+            model = spectrax.unwrap(model, state, lazy=True)
         return jax.vmap(lambda x: call(model, x))(x), state
 
     made = eqx.nn.make_with_state(constrained)

@@ -87,12 +87,12 @@ def _plain_twice(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
 
 def _wrapped_twice(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
     state = spectrax.advance(model, state)
-    plain = spectrax.unwrap(model, state)
+    plain = spectrax.unwrap(model, state, lazy=True)
     return jax.vmap(plain)(x) + jax.vmap(plain)(2 * x), state
 
 
 def _wrap(**kwargs: Any) -> _Make:
-    return lambda net: eqx.nn.make_with_state(spectrax.wrap)(net, **kwargs)
+    return lambda net: spectrax.constrain(net, **kwargs)
 
 
 def _steps(

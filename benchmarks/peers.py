@@ -49,7 +49,7 @@ def _spectrax(width: int, batch: int, *, normalized: bool) -> Callable[[], None]
     data = jnp.asarray(x), jnp.asarray(y)
     if not normalized:
         return train_loop(plain_forward, net, None, data, _STEPS)
-    model, state = eqx.nn.make_with_state(spectrax.wrap)(net)
+    model, state = spectrax.constrain(net)
     return train_loop(wrapped_forward, model, state, data, _STEPS)
 
 

@@ -75,7 +75,7 @@ def plain_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
 def wrapped_forward(model: Any, state: Any, x: Array) -> tuple[Array, Any]:
     """A batch through a wrapped model, advanced once."""
     state = spectrax.advance(model, state)
-    return jax.vmap(spectrax.unwrap(model, state))(x), state
+    return jax.vmap(spectrax.unwrap(model, state, lazy=True))(x), state
 
 
 def train_loop(

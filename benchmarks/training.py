@@ -37,11 +37,11 @@ class _Peer(eqx.Module):
 
 def wrapped(net: Any, **options: Any) -> tuple[Any, Any, Forward]:
     """The network wrapped, its state, and how to call it."""
-    model, state = eqx.nn.make_with_state(spectrax.wrap)(net, **options)
+    model, state = spectrax.constrain(net, **options)
 
     def forward(model: Any, state: Any, x: Array) -> tuple[Array, Any, Weights]:
         state = spectrax.advance(model, state)
-        plain = spectrax.unwrap(model, state)
+        plain = spectrax.unwrap(model, state, lazy=True)
         return jax.vmap(plain)(x), state, [layer.weight for layer in plain.layers]
 
     return model, state, forward

@@ -52,7 +52,7 @@ def later(function: Callable[[], Any]) -> float:
 
 
 def wrap(net: Any) -> tuple[Any, Any]:
-    return eqx.nn.make_with_state(spectrax.wrap)(net)
+    return spectrax.constrain(net)
 
 
 def batch(net: Any) -> tuple[Array, Array]:

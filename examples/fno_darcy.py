@@ -162,14 +162,12 @@ def train_step(
     x: Grids,
     y: Grids,
 ) -> tuple[PyTree, Any, optax.OptState, Float[Array, ""]]:
-    """One update. A plain model has no state; for a constrained one, two lines are
-    new."""
-    if state is not None:
-        state = spectrax.advance(model, state)
+    """One update. Two lines are new, and do nothing to a plain model."""
+    state = spectrax.advance(model, state)
 
     @eqx.filter_value_and_grad
     def loss(model: PyTree) -> Float[Array, ""]:
-        network = model if state is None else spectrax.unwrap(model, state)
+        network = spectrax.unwrap(model, state, lazy=True)
         return jnp.mean(relative_errors(network, x, y, len(x)))
 
     value, gradient = loss(model)
@@ -213,7 +211,6 @@ def fit(
 ) -> Fit:
     """`rate` is the learning rate as a function of the part of the steps taken."""
     model, state = eqx.nn.make_with_state(make)()
-    state = state if model.network.is_stateful() else None
     opt_state = OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array))
     x, y = map(coarse, data.train)
     rng = np.random.default_rng(seed)
@@ -227,9 +224,8 @@ def fit(
         )
         losses.append(float(value))
         times.append(time.perf_counter() - start)
-    if state is not None:
-        state = spectrax.advance(model, state)  # for the last update of the weights
-        model = spectrax.unwrap(model, state)
+    state = spectrax.advance(model, state)  # for the last update of the weights
+    model = spectrax.unwrap(model, state)
     return Fit(model, losses, float(np.median(times)))
 
 

@@ -143,14 +143,9 @@ def start(
     mlp = eqx.nn.MLP(2, "scalar", *size, activation=jnp.sin, key=key)
     model, state = mlp, None
     if constraint is not None:
-        make = eqx.nn.make_with_state(spectrax.wrap)
-        model, state = make(mlp, constraint=constraint)
+        model, state = spectrax.constrain(mlp, constraint=constraint)
     weights = eqx.filter(model, eqx.is_inexact_array)
     return Run(model, state, optimizer(lane.rate, steps).init(weights))
-
-
-def plain(model: PyTree, state: eqx.nn.State | None) -> eqx.nn.MLP:
-    return model if state is None else spectrax.unwrap(model, state)
 
 
 def learned_bound(model: PyTree) -> Scalar:
@@ -164,12 +159,11 @@ def train_step(run: Run, lane: Lanes, key: PRNGKeyArray, steps: int) -> Any:
     """One update; its loss and the bound at which it was found."""
     inner, edge = draw_points(key)
     model, state, opt_state = run
-    if state is not None:
-        state = spectrax.advance(model, state)  # once per update
+    state = spectrax.advance(model, state)  # once per update
 
     @eqx.filter_value_and_grad
     def value_and_gradient(model: PyTree) -> Scalar:
-        u = solution(plain(model, state), lane.factor)
+        u = solution(spectrax.unwrap(model, state, lazy=True), lane.factor)
         return loss(u, inner, edge)
 
     value, gradient = value_and_gradient(model)
@@ -198,9 +192,8 @@ def train_steps(lanes: Lanes, runs: Run, keys: PRNGKeyArray, steps: int) -> Any:
 def judge(run: Run, lane: Lanes) -> tuple[eqx.nn.MLP, Scalar, Scalar]:
     """The plain network of a run, its relative error and its largest slope."""
     model, state, _ = run
-    if state is not None:
-        state = spectrax.advance(model, state)  # for the last update of the weights
-    network = plain(model, state)
+    state = spectrax.advance(model, state)  # for the last update of the weights
+    network = spectrax.unwrap(model, state)
     u = solution(network, lane.factor)
     side = jnp.linspace(-1, 1, 51)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)

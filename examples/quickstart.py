@@ -82,13 +82,12 @@ def train_step(
     x: Images,
     y: Labels,
 ) -> tuple[PyTree, eqx.nn.State | None, optax.OptState]:
-    """One update. A plain model has no state; for a wrapped one, two lines are new."""
-    if state is not None:
-        state = spectrax.advance(model, state)
+    """One update. Two lines are new, and do nothing to a plain model."""
+    state = spectrax.advance(model, state)
 
     @eqx.filter_grad
     def gradient(model: PyTree) -> Float[Array, ""]:
-        network = model if state is None else spectrax.unwrap(model, state)
+        network = spectrax.unwrap(model, state, lazy=True)
         return loss(network, x, y)
 
     updates, opt_state = OPTIMIZER.update(gradient(model), opt_state)
@@ -111,8 +110,7 @@ def train(
         batch = rng.choice(len(images), BATCH_SIZE, replace=False)
         x, y = jnp.asarray(images[batch]), jnp.asarray(labels[batch])
         model, state, opt_state = train_step(model, state, opt_state, x, y)
-    if state is not None:
-        state = spectrax.advance(model, state)  # for the last update of the weights
+    state = spectrax.advance(model, state)  # for the last update of the weights
     return model, state
 
 
@@ -298,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mlp = eqx.nn.MLP(64, 10, width_size=width, depth=3, key=jr.key(args.seed))
     plain, _ = fit(mlp, None, title="plain  ")
 
-    model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)  # the one line
+    model, state = spectrax.constrain(mlp)  # the one line
     model, state = fit(model, state, title="wrapped")
     constrained = spectrax.unwrap(model, state)  # an `eqx.nn.MLP` again
 

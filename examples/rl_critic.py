@@ -76,10 +76,6 @@ class Agent(NamedTuple):
     opt_state: optax.OptState
 
 
-def plain(network: PyTree, state: eqx.nn.State | None) -> eqx.nn.MLP:
-    return network if state is None else spectrax.unwrap(network, state)
-
-
 def first_agents(
     where: Callable[[eqx.nn.MLP], Any] | None,
     optimizer: optax.GradientTransformation,
@@ -95,10 +91,11 @@ def first_agents(
         if where is not None:
             # One vector, one step for each update, as in the paper.
             estimator = spectrax.PowerIteration(block_size=1)
-            wrap = eqx.nn.make_with_state(spectrax.wrap)
-            network, state = wrap(network, where=where, estimator=estimator)
+            network, state = spectrax.constrain(
+                network, where=where, estimator=estimator
+            )
         opt_state = optimizer.init(eqx.filter(network, eqx.is_inexact_array))
-        return Agent(network, state, plain(network, state), opt_state)
+        return Agent(network, state, spectrax.unwrap(network, state), opt_state)
 
     return make(keys)
 
@@ -106,7 +103,8 @@ def first_agents(
 @eqx.filter_jit
 @eqx.filter_vmap
 def best_action(agent: Agent, observation: Float[Array, " 4"]) -> Int[Array, ""]:
-    return jnp.argmax(plain(agent.network, agent.state)(observation))
+    network = spectrax.unwrap(agent.network, agent.state, lazy=True)
+    return jnp.argmax(network(observation))
 
 
 def make_update(
@@ -117,14 +115,14 @@ def make_update(
     def update(agent: Agent, batch: Transition) -> tuple[Agent, Float[Array, ""]]:
         """One step of Q-learning. Also the mean value of the actions taken."""
         network, state, target, opt_state = agent
-        if state is not None:
-            state = spectrax.advance(network, state)
+        state = spectrax.advance(network, state)
         future = jax.vmap(target)(batch.next_observation).max(axis=-1)
         goal = batch.reward + DISCOUNT * jnp.where(batch.terminated, 0, future)
 
         @eqx.filter_value_and_grad(has_aux=True)
         def loss(network: PyTree) -> tuple[Array, Array]:
-            values = jax.vmap(plain(network, state))(batch.observation)
+            plain = spectrax.unwrap(network, state, lazy=True)
+            values = jax.vmap(plain)(batch.observation)
             taken = jnp.take_along_axis(values, batch.action[:, None], axis=-1)[:, 0]
             errors = jnp.where(batch.valid, optax.huber_loss(taken, goal), 0)
             return errors.mean(), taken.mean()
@@ -140,7 +138,7 @@ def make_update(
 @eqx.filter_jit
 @eqx.filter_vmap
 def synchronize(agent: Agent) -> Agent:
-    return agent._replace(target=plain(agent.network, agent.state))
+    return agent._replace(target=spectrax.unwrap(agent.network, agent.state))
 
 
 # --- Memory and training -----------------------------------------------------------

@@ -240,10 +240,6 @@ def update(
     return eqx.apply_updates(network, updates), opt_state
 
 
-def plain(critic: PyTree, state: eqx.nn.State | None) -> Critic:
-    return critic if state is None else spectrax.unwrap(critic, state)
-
-
 def critic_loss(critic: Critic, real: Images, fake: Images) -> Float[Array, ""]:
     """The hinge loss. A critic that is 0 everywhere has 2."""
     on_real, on_fake = jax.vmap(critic)(real), jax.vmap(critic)(fake)
@@ -256,20 +252,20 @@ def train_step(
 ) -> tuple[Players, Float[Array, ""]]:
     """One update of the critic, then one of the generator."""
     generator, critic, state, generator_opt, critic_opt = players
-    if state is not None:
-        state = spectrax.advance(critic, state)  # once per step
+    state = spectrax.advance(critic, state)  # once per step
 
     @eqx.filter_value_and_grad
     def critic_gradient(critic: PyTree) -> Float[Array, ""]:
         # One critic for both halves of the loss: real and fake share the `unwrap`.
-        return critic_loss(plain(critic, state), real, jax.vmap(generator)(noise))
+        plain = spectrax.unwrap(critic, state, lazy=True)
+        return critic_loss(plain, real, jax.vmap(generator)(noise))
 
     loss, gradient = critic_gradient(critic)
     critic, critic_opt = update(critic, gradient, critic_opt, rates.critic)
 
     @eqx.filter_grad
     def generator_gradient(generator: Generator) -> Float[Array, ""]:
-        judge = plain(critic, state)
+        judge = spectrax.unwrap(critic, state, lazy=True)
         return -jnp.mean(jax.vmap(judge)(jax.vmap(generator)(noise)))
 
     gradient = generator_gradient(generator)
@@ -292,8 +288,7 @@ def first_players(args: argparse.Namespace, seed: int, *, constrained: bool) -> 
         # One vector and one step per update, as in the paper. The norm is that of the
         # convolution at every input size, and not that of the flattened kernel.
         estimator = spectrax.PowerIteration(block_size=1)
-        wrap = eqx.nn.make_with_state(spectrax.wrap)
-        critic, state = wrap(
+        critic, state = spectrax.constrain(
             critic, constraint=spectrax.Normalize(BOUND), estimator=estimator
         )
     generator_opt = ADAM.init(arrays(generator))
@@ -346,7 +341,9 @@ def train(
             steps.append(step)
             losses.append(np.mean(since))
             since.clear()
-            bounds.append(lipschitz_bound(plain(players.critic, players.state)))
+            bounds.append(
+                lipschitz_bound(spectrax.unwrap(players.critic, players.state))
+            )
             qualities.append(judge(images))
     seen = [np.asarray(values) for values in (steps, losses, bounds)]
     return Run(seen[0], seen[1], seen[2], qualities, images)

@@ -119,7 +119,7 @@ def step_1_layers(settings: Settings) -> Figure:
     conv, state = make(3, 16, 3, input_size=size, **options)
     name = f"Conv2d, at {size[0]}x{size[1]}"
     layers[name] = spectrax.unwrap(conv, state), (3, *size)
-    reshaped, state = eqx.nn.make_with_state(spectrax.wrap)(
+    reshaped, state = spectrax.constrain(
         conv.module,
         where=lambda conv: conv.weight,
         view=spectrax.flattened_kernel,
@@ -195,7 +195,7 @@ def step_2_attention(settings: Settings) -> Figure:
         print(f"{name:<14}{regular:>10.5f}{normalized:>12.5f}{span:>22}")
         expect_at_most(name, max(normalized, *blocks), 1.0)
 
-    l2, state = eqx.nn.make_with_state(spectrax.wrap)(
+    l2, state = spectrax.constrain(
         spectrax.nn.L2MultiheadAttention(heads, size, key=other_key),
         estimator=settings.estimator,
     )
@@ -261,13 +261,12 @@ OPTIMIZER = optax.adam(3e-3)
 def train_step(
     model: PyTree, state: Any, opt_state: optax.OptState, x: Array, y: Array
 ) -> tuple[PyTree, Any, optax.OptState, Array]:
-    """One update. A plain model has no state."""
-    if state is not None:
-        state = spectrax.advance(model, state)
+    """One update, also of a plain model, which has no state."""
+    state = spectrax.advance(model, state)
 
     @eqx.filter_value_and_grad
     def loss(model: PyTree) -> Array:
-        network = model if state is None else spectrax.unwrap(model, state)
+        network = spectrax.unwrap(model, state, lazy=True)
         return jnp.mean((jax.vmap(network)(x) - y) ** 2)
 
     value, gradient = loss(model)
@@ -288,8 +287,7 @@ def train(
             bounds.append([c.target() for c in model.constraints if c is not None])
         model, state, opt_state, loss = train_step(model, state, opt_state, x, y)
         losses.append(loss)
-    if state is not None:
-        state = spectrax.advance(model, state)
+    state = spectrax.advance(model, state)
     return model, state, np.array(losses), np.array(bounds)
 
 
@@ -511,9 +509,7 @@ def step_5_stability(settings: Settings) -> Figure:
     x, y = jr.normal(x_key, (256, 16)), jr.normal(y_key, (256, 16))
     fit = ft.partial(train, x=x, y=y, num_steps=settings.train_steps)
     regular, *_ = fit(mlp, None, title="regular")
-    model, state = eqx.nn.make_with_state(spectrax.wrap)(
-        mlp, estimator=settings.estimator
-    )
+    model, state = spectrax.constrain(mlp, estimator=settings.estimator)
     model, state, *_ = fit(model, state, title="normalized")
 
     networks = {

@@ -131,10 +131,6 @@ def accuracy(network: eqx.nn.MLP, x: Images, y: Labels) -> Float[Array, ""]:
     return jnp.mean(jnp.argmax(jax.vmap(network)(x), axis=-1) == y)
 
 
-def plain(run: Run) -> eqx.nn.MLP:
-    return run.model if run.state is None else spectrax.unwrap(run.model, run.state)
-
-
 def start(
     network: eqx.nn.MLP,
     rate: Array,
@@ -142,8 +138,7 @@ def start(
 ) -> Run:
     model, state = network, None
     if constraint is not None:
-        make = eqx.nn.make_with_state(spectrax.wrap)
-        model, state = make(network, constraint=constraint)
+        model, state = spectrax.constrain(network, constraint=constraint)
     weights = eqx.filter(model, eqx.is_inexact_array)
     return Run(model, state, optax.adam(rate).init(weights))
 
@@ -151,13 +146,12 @@ def start(
 def train_step(run: Run, rate: Array, x: Images, y: Labels) -> Run:
     @eqx.filter_grad
     def gradient(model: PyTree) -> Float[Array, ""]:
-        return loss(plain(run._replace(model=model)), x, y)
+        return loss(spectrax.unwrap(model, run.state, lazy=True), x, y)
 
     model, state, opt_state = run
     updates, opt_state = optax.adam(rate).update(gradient(model), opt_state)
     model = eqx.apply_updates(model, updates)
-    if state is not None:
-        state = spectrax.advance(model, state)  # once per update
+    state = spectrax.advance(model, state)  # once per update
     return Run(model, state, opt_state)
 
 
@@ -191,7 +185,7 @@ def look(
     run: Run, test: tuple[Images, Labels]
 ) -> tuple[Float[Array, " layers"], Float[Array, ""]]:
     """The norm of each weight that acts, by a decomposition, and the accuracy."""
-    network = plain(run)
+    network = spectrax.unwrap(run.model, run.state)
     norms = [jnp.linalg.norm(layer.weight, ord=2) for layer in network.layers]
     return jnp.stack(norms), accuracy(network, *test)
 
@@ -202,7 +196,7 @@ def judge(
     run: Run, old: tuple[Images, Labels], new: tuple[Images, Labels], start: Array
 ) -> tuple[Array, Array, Array]:
     """The accuracy on the new and on the old task, and on the new one with noise."""
-    network = plain(run)
+    network = spectrax.unwrap(run.model, run.state)
     x, y = new
     noise = jr.normal(jr.fold_in(jr.key(1), start), x.shape)
     noisy = [accuracy(network, x + std * noise, y) for std in NOISES]

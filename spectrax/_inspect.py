@@ -172,7 +172,7 @@ def summary(
 
         key = jax.random.key(0)
         mlp = eqx.nn.MLP(16, 16, width_size=16, depth=2, key=key)
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(mlp)
+        model, state = spectrax.constrain(mlp)
         table = spectrax.summary(model, state, true_norm=True)
         print(table)
         worst = max(row.true_norm / row.bound for row in table)

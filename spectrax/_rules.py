@@ -101,7 +101,7 @@ def register_layer(
 
         spectrax.register_layer(Bilinear, "kernel")
         kernel = jax.random.normal(jax.random.key(0), (8, 5))
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(Bilinear(kernel))
+        model, state = spectrax.constrain(Bilinear(kernel))
         ```
     """
     if not isinstance(layer_type, type):

@@ -176,7 +176,9 @@ def constrain(
     model(*args, state)`, or use [`spectrax.advance`][] once for each update and the
     plain module that [`spectrax.unwrap`][] returns.
 
-    **Cost:** and what it **raises:** as `wrap`.
+    **Cost:** as `wrap`.
+
+    **Raises:** as `wrap`.
 
     !!! Example
 

@@ -113,9 +113,19 @@ def test_stands_for_the_scaled_array(getkey):
         (weight[index, 1:], array[index, 1:]),
         (jnp.asarray(weight), array),
         (jnp.sum(weight, axis=0), jnp.sum(array, axis=0)),
-        (many.T @ weight.__jax_array__().T, many.T @ array.T),
+        (jnp.einsum("ij,j->i", weight, x), array @ x),
+        (many.T @ weight.T, many.T @ array.T),
+        (array.T @ weight, array.T @ array),
+        (np.asarray(array.T) @ weight, array.T @ array),
+        (weight.reshape(2, 10), array.reshape(2, 10)),
+        (2 * weight - weight / 3 + abs(-weight), 2 * array - array / 3 + abs(array)),
+        (weight**2 + (1 - weight), array**2 + (1 - array)),
+        (jnp.stack(list(weight)), array),
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-13)
+    assert len(weight) == 4
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = weight.nonsense
 
 
 def test_arrays_unless_asked_for(getkey):

@@ -735,10 +735,10 @@ def test_inference_mode_freezes(stale):
     before = clone(state)
     y, state = frozen(x, state)
     assert eqx.tree_equal(state, before)
-    assert eqx.tree_equal(y, spectrax.unwrap(model, state)(x))
+    assert eqx.tree_equal(y, spectrax.unwrap(model, state, lazy=True)(x))
     state = spectrax.advance(frozen, state, num_steps=10)
     assert eqx.tree_equal(state, before)
-    assert eqx.tree_equal(spectrax.unwrap(frozen, state)(x), y)
+    assert eqx.tree_equal(spectrax.unwrap(frozen, state, lazy=True)(x), y)
 
     thawed = eqx.nn.inference_mode(frozen, value=False)
     assert eqx.tree_equal(thawed, model)
@@ -791,24 +791,42 @@ def test_an_old_state(net):
     model(x, newest)
 
 
-@pytest.mark.parametrize("name", ["advance", "unwrap", "summary"])
-def test_nothing_is_wrapped(net, name):
-    use = getattr(spectrax, name)
+def test_verbs_are_the_identity_on_plain_models(net, getkey):
     model, state = wrap(net)
     plain = spectrax.unwrap(model, state)
-    match = f"`spectrax.{name}` expected a model with something wrapped in it, got "
-    for model in (net, plain):
-        with pytest.raises(ValueError, match=match + "Net with nothing"):
-            use(model, state)
-    with pytest.raises(ValueError, match=match + "dict with nothing"):
-        use({"a": plain}, state)
+    for nothing in (net, plain, {"a": plain}, [1.0, "text"]):
+        for any_state in (state, None):
+            assert spectrax.advance(nothing, any_state) is any_state
+            assert eqx.tree_equal(spectrax.unwrap(nothing, any_state), nothing)
+            assert eqx.tree_equal(
+                spectrax.unwrap(nothing, any_state, lazy=True), nothing
+            )
+    outer, state = eqx.nn.make_with_state(Outer)(getkey())
+    once = spectrax.unwrap(outer, state)
+    assert eqx.tree_equal(spectrax.unwrap(once, state), once)
+    assert spectrax.advance(once, state) is state
 
 
-def test_unwrapping_twice_inside_a_module(getkey):
-    model, state = eqx.nn.make_with_state(Outer)(getkey())
+def test_nothing_to_summarize(net):
+    model, state = wrap(net)
     plain = spectrax.unwrap(model, state)
-    with pytest.raises(ValueError, match="something wrapped in it, got Outer with"):
-        spectrax.unwrap(plain, state)
+    match = "`spectrax.summary` expected a model with something constrained in it, got "
+    for nothing, name in ((net, "Net"), (plain, "Net"), ({"a": plain}, "dict")):
+        with pytest.raises(ValueError, match=f"{match}{name} with nothing"):
+            spectrax.summary(nothing, state)
+
+
+@pytest.mark.parametrize("verb", [spectrax.advance, spectrax.unwrap])
+def test_a_constrained_model_needs_its_state(net, verb):
+    model, _ = wrap(net)
+    with pytest.raises(TypeError, match=r"State` of a constrained model, got None"):
+        verb(model, None)
+
+
+def test_constrain_is_wrap_made_with_its_state(net):
+    options = {"constraint": spectrax.Clip(0.5), "key": jax.random.key(3)}
+    got = spectrax.constrain(net, **options)
+    assert eqx.tree_equal(got, eqx.nn.make_with_state(spectrax.wrap)(net, **options))
 
 
 def test_a_negative_number_of_steps(net):

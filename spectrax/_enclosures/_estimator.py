@@ -66,9 +66,7 @@ class GramIteration(AbstractEstimator[GramState]):
         import spectrax
 
         layer = eqx.nn.Linear(8, 4, key=jax.random.key(0))
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(
-            layer, estimator=spectrax.GramIteration()
-        )
+        model, state = spectrax.constrain(layer, estimator=spectrax.GramIteration())
         state = spectrax.advance(model, state)
         plain = spectrax.unwrap(model, state)
         ```

@@ -88,7 +88,7 @@ class FourierLayer(eqx.Module):
 
         key = jax.random.key(0)
         layer = spectrax.nn.FourierLayer(2, 3, 4, modes=5, key=key)
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(layer)
+        model, state = spectrax.constrain(layer)
         x = jax.random.normal(key, (3, 32, 48))
         y, state = model(x, state)  # [4, 32, 48]
         plain = spectrax.unwrap(model, state)

@@ -77,7 +77,7 @@ class L2MultiheadAttention(eqx.Module):
 
         key = jax.random.key(0)
         attention = spectrax.nn.L2MultiheadAttention(4, 32, key=key)
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(attention)
+        model, state = spectrax.constrain(attention)
         x = jax.random.normal(key, (20, 32))
         y, state = model(x, state)
         print(spectrax.unwrap(model, state).lipschitz_bound(20))

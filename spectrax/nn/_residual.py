@@ -42,7 +42,7 @@ class ResidualAverage(eqx.Module):
 
         key = jax.random.key(0)
         block = spectrax.nn.ResidualAverage(eqx.nn.Linear(8, 8, key=key), 0.3)
-        model, state = eqx.nn.make_with_state(spectrax.wrap)(block)
+        model, state = spectrax.constrain(block)
         y, state = model(jax.random.normal(key, (8,)), state)
         ```
     """
