@@ -43,6 +43,8 @@ class SummaryRow:
         lags behind the weights shows.
     - `bound`: the norm that is allowed.
     - `residual`: `|A^H u - sigma v| / sigma`: how far the estimate is from converged.
+    - `kind`: what the estimator says of `sigma` and `norm`: `"estimate"`, never above
+        the truth, `"upper bound"`, never below it, or `"exact"`.
     - `true_norm`: the norm of the constrained weight, computed independently of the
         state; `None` if it was not asked for.
     - `lower`, `upper`: what the norm of the constrained weight, as it is stored, is
@@ -56,6 +58,7 @@ class SummaryRow:
     norm: float
     bound: float
     residual: float
+    kind: str
     true_norm: float | None
     lower: float | None = None
     upper: float | None = None
@@ -87,7 +90,8 @@ class Summary(Sequence[SummaryRow]):
         return self.rows[index]
 
     def __str__(self) -> str:
-        header = ["path", "layer", "shape", "sigma", "norm", "bound", "residual"]
+        header = ["path", "layer", "shape", "sigma", "norm", "kind"]
+        header += ["bound", "residual"]
         with_ends = any(row.upper is not None for row in self.rows)
         if with_ends:
             header += ["proven from", "to"]
@@ -102,6 +106,7 @@ class Summary(Sequence[SummaryRow]):
                 "x".join(map(str, row.shape)),
                 f"{row.sigma:.6g}",
                 f"{row.norm:.6f}",
+                row.kind,
                 f"{row.bound:.6f}",
                 f"{row.residual:.1e}",
             ]
@@ -227,6 +232,7 @@ def _rows(
                 norm=_norm_now(operator, float(jnp.abs(sigma[index]) * scale[index])),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
+                kind=site.estimator.kind,
                 lower=None if box is None else float(box.lower),
                 upper=None if box is None else float(box.upper),
                 true_norm=_true_norm(operator) if with_truth else None,

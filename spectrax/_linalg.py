@@ -2,7 +2,8 @@
 
 On the CPU a batched LAPACK call of JAX waits in the thread pool for the pool's own
 threads. Two of them at a time, as for two stacks of layers in one model, can block each
-other for ever. Under `vmap` these therefore take one matrix after the other there.
+other for ever. Under `vmap` these therefore take one matrix after the other there, or
+call no LAPACK.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Inexact
+
+from ._custom_types import AnyArray
+from ._namespace import namespace
 
 
 def _one_at_a_time_on_cpu(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -66,3 +70,33 @@ def svd(
     """The thin decomposition `u, sigma, v^H`, with `sigma` decreasing."""
     u, sigma, vh = jnp.linalg.svd(matrix, full_matrices=False)
     return u, sigma, vh
+
+
+def solve(
+    matrix: Float[AnyArray, "*batch n n"], right: Float[AnyArray, "*batch n"]
+) -> tuple[Float[AnyArray, "*batch n"], Float[AnyArray, "*batch n"]]:
+    """The solution of a small linear system, and the pivots, by Gaussian elimination in
+    the order of the rows, without LAPACK: differentiable, also of NumPy's arrays.
+
+    A symmetric matrix is positive definite if and only if all pivots are positive, and
+    then the order is a good one. For others the solution may be inaccurate, or not
+    finite. Where a pivot is zero its row is left as it is: an axis of which neither
+    the matrix nor the right side knows anything has the solution zero.
+    """
+    xp = namespace(matrix)
+    size = right.shape[-1]
+    rows = [matrix[..., i, :] for i in range(size)]
+    # Apart, so that what is linear in the right side is seen to be.
+    values = [right[..., i] for i in range(size)]
+    pivots = []
+    for i in range(size):
+        pivot = rows[i][..., i]
+        safe = xp.where(pivot == 0, 1, pivot)
+        rows[i], values[i] = rows[i] / safe[..., None], values[i] / safe
+        for j in range(size):
+            if j != i:
+                factor = rows[j][..., i]
+                rows[j] = rows[j] - factor[..., None] * rows[i]
+                values[j] = values[j] - factor * values[i]
+        pivots.append(pivot)
+    return xp.stack(values, axis=-1), xp.stack(pivots, axis=-1)

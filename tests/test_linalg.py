@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import spectrax
-from spectrax._linalg import cholesky, eigh, inverse_cholesky, svd
+from spectrax._linalg import cholesky, eigh, inverse_cholesky, solve, svd
 
 
 OPTIMIZED = True  # see conftest.py
@@ -69,3 +69,33 @@ def test_derivatives_count_as_zero(getkey):
         total = lambda m, f=function: sum(x.sum() for x in jax.tree.leaves(f(m)))  # noqa: E731
         assert jnp.all(jax.grad(total)(matrix) == 0)
         assert jnp.all(jax.hessian(total)(matrix) == 0)
+
+
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_solve(to_array, getkey):
+    matrices = to_array(_matrices(getkey, np.float64)[..., :3, :3])
+    right = to_array(jr.normal(getkey(), (2, 3, 3)))
+    solution, pivots = solve(matrices, right)
+    expected = np.linalg.solve(matrices, np.asarray(right)[..., None])[..., 0]
+    np.testing.assert_allclose(solution, expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        np.prod(pivots, axis=-1), np.linalg.det(matrices), rtol=1e-10
+    )
+    assert isinstance(solution, type(matrices))
+
+
+def test_pivots_tell_whether_a_matrix_is_positive_definite():
+    random = np.random.default_rng(0)
+    matrices = random.standard_normal((400, 3, 3))
+    matrices = (
+        matrices + matrices.mT + random.uniform(0, 6, 400)[:, None, None] * np.eye(3)
+    )
+    _, pivots = solve(matrices, np.zeros((400, 3)))
+    definite = np.linalg.eigvalsh(matrices)[:, 0] > 0
+    assert 50 < definite.sum() < 350
+    np.testing.assert_array_equal(np.all(pivots > 0, axis=1), definite)
+
+
+def test_solve_leaves_an_axis_without_curvature():
+    matrix, right = jnp.diag(jnp.array([2.0, 0.0, 4.0])), jnp.array([2.0, 0.0, 2.0])
+    np.testing.assert_array_equal(solve(matrix, right)[0], [1.0, 0.0, 0.5])

@@ -25,7 +25,9 @@ def quickstart() -> Iterator[ModuleType]:
 
 
 def row(true_norm: float | None, bound: float = 1.0) -> SummaryRow:
-    return SummaryRow("weight", "Linear", (4, 8), 2.0, 1.0, bound, 1e-4, true_norm)
+    return SummaryRow(
+        "weight", "Linear", (4, 8), 2.0, 1.0, bound, 1e-4, "estimate", true_norm
+    )
 
 
 def test_smoke(

@@ -94,16 +94,17 @@ def test_the_printed_table(getkey):
             spectrax.summary(model, state, true_norm=with_truth, enclosure=False)
         )
         header, rule, line, rest = text.split("\n")
-        columns = ["path", "layer", "shape", "sigma", "norm", "bound", "residual"]
+        columns = ["path", "layer", "shape", "sigma", "norm", "kind", "bound"]
+        columns.append("residual")
         assert header.split("  ")[-1].strip() == ["residual", "true norm"][with_truth]
         assert header.replace("true norm", "").split() == columns
         assert rule == "-" * len(header)
         cells = line.split()
         sigma = np.linalg.norm(net["net"].second.weight, 2)
         assert cells[:3] == ["['net'].second.weight", "Linear", "2x4"]
-        assert cells[3:6] == [f"{sigma:.6g}", "1.000000", "1.000000"]
-        assert float(cells[6]) < 1e-9
-        assert cells[7:] == ["1.000000"] * with_truth
+        assert cells[3:7] == [f"{sigma:.6g}", "1.000000", "estimate", "1.000000"]
+        assert float(cells[7]) < 1e-9
+        assert cells[8:] == ["1.000000"] * with_truth
         assert rest == (
             "not constrained: ['net'].first.weight (4, 4), ['table'] (3, 5)"
         )
@@ -281,3 +282,15 @@ def test_the_enclosure_is_of_the_constrained_weight_and_printed_outward(getkey):
         lower, upper = map(float, line.split()[-2:])
         assert row.lower - 1e-6 < lower <= row.lower
         assert row.upper <= upper < row.upper + 1e-6
+
+
+def test_the_estimator_says_its_kind(getkey):
+    layer = eqx.nn.Linear(4, 3, key=getkey())
+    for estimator, kind in (
+        (spectrax.PowerIteration(), "estimate"),
+        (spectrax.ExactSVD(), "exact"),
+        (spectrax.GramIteration(), "upper bound"),
+    ):
+        model, state = wrap(layer, estimator=estimator)
+        (row,) = spectrax.summary(model, state, enclosure=False)
+        assert row.kind == estimator.kind == kind

@@ -1,13 +1,13 @@
 """A certified upper bound at every step of training."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._norms import AbstractEstimator, PowerIteration
+from .._norms import AbstractEstimator, Kind, PowerIteration
 from .._norms._rows import stop_gradient
 from .._operators import Operator
 from ._drift import arrays_of, drift_bound
@@ -72,6 +72,7 @@ class GramIteration(AbstractEstimator[GramState]):
         ```
     """
 
+    kind: ClassVar[Kind] = "upper bound"
     tolerance: float = eqx.field(static=True, default=1e-2)
     rtol: float | None = eqx.field(static=True, default=None)
     block_size: int = eqx.field(static=True, default=8)

@@ -1,6 +1,7 @@
 from ._estimators import (
     AbstractEstimator as AbstractEstimator,
     ExactSVD as ExactSVD,
+    Kind as Kind,
     PowerIteration as PowerIteration,
 )
 from ._lattice_power import (

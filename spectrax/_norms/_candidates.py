@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Complex, Float, Inexact
 
 from .._custom_types import AnyArray
+from .._linalg import solve
 from .._namespace import complex_of, matmul, namespace
 
 
@@ -205,7 +206,7 @@ def _climb(
     aside = xp.asarray([0.1, 0.07, 0.05][:dim], current.dtype)[None, None]
     trials = [
         current,
-        current - _solve(hessian, gradient),
+        current - solve(hessian, gradient)[0],
         current + gradient / xp.where(most > 0, most, 1),
         current + aside * cells.half,
     ]
@@ -220,23 +221,3 @@ def _climb(
     best = highest == xp.arange(4, dtype=highest.dtype)[None, None, :, None]
     frequency = xp.sum(xp.where(best, trials, 0), axis=2)
     return frequency, xp.sum(xp.where(best, waves, 0), axis=2)
-
-
-def _solve(
-    matrix: Float[AnyArray, "*batch dim dim"], right: Float[AnyArray, "*batch dim"]
-) -> Float[AnyArray, "*batch dim"]:
-    """Gaussian elimination, as a batched call to LAPACK waits for threads (see
-    `_linalg`). Without pivots: what fails, or is inaccurate, is no better frequency.
-    An axis without curvature, as one with a single tap, stays where it is.
-    """
-    xp = namespace(matrix)
-    augmented = xp.concatenate([matrix, right[..., None]], axis=-1)
-    rows = [augmented[..., i, :] for i in range(right.shape[-1])]
-    for i, row in enumerate(rows):
-        pivot = row[..., i, None]
-        scaled = row / xp.where(pivot == 0, 1, pivot)
-        rows = [
-            scaled if j == i else r - r[..., i, None] * scaled
-            for j, r in enumerate(rows)
-        ]
-    return xp.stack([row[..., -1] for row in rows], axis=-1)

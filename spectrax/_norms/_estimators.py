@@ -1,7 +1,7 @@
 """Ways to estimate a norm while training: what `wrap` is told to use."""
 
 import abc
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ._spectral_norm import exact_norm
 
 
 _State = TypeVar("_State")
+Kind = Literal["estimate", "upper bound", "exact"]
 
 
 class AbstractEstimator(eqx.Module, Generic[_State]):
@@ -29,7 +30,13 @@ class AbstractEstimator(eqx.Module, Generic[_State]):
 
     An estimator is configuration: it holds no arrays. What it carries from step to step
     is a separate state, a pytree of arrays.
+
+    A subclass says as a class variable of what `kind` its `sigma` is: `"estimate"`
+    (never above the norm), `"upper bound"` (never below it) or `"exact"`, each up to
+    rounding. [`spectrax.summary`][] prints it.
     """
+
+    kind: eqx.AbstractClassVar[Kind]
 
     @abc.abstractmethod
     def init(self, operator: Operator, *, key: PRNGKeyArray) -> _State:
@@ -77,6 +84,7 @@ class PowerIteration(AbstractEstimator[Any]):
     **Raises:** `ValueError` if `num_steps < 0`, `block_size < 1` or `init_steps < 0`.
     """
 
+    kind: ClassVar[Kind] = "estimate"
     num_steps: int = eqx.field(static=True, default=1)
     block_size: int = eqx.field(static=True, default=DEFAULT_BLOCK_SIZE)
     init_steps: int = eqx.field(static=True, default=DEFAULT_INIT_STEPS)
@@ -123,6 +131,8 @@ class ExactSVD(AbstractEstimator[tuple[()]]):
     over: many times the cost of the layer itself. A convolution with an input size is
     written out as a matrix. For small models, and for tests.
     """
+
+    kind: ClassVar[Kind] = "exact"
 
     def init(self, operator: Operator, *, key: PRNGKeyArray) -> tuple[()]:
         """There is nothing to carry."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Complex, Float, Inexact, PyTree
 
+from .._linalg import solve
 from .._operators import LatticeConvolution
 from ._lattice_power import init_lattice_state, leading_frequency
 from ._rows import largest_of, stop_gradient
@@ -78,7 +79,7 @@ def _best_frequencies_jvp(
             lambda k: _slope(k, frequency, find), (kernel,), (change,)
         )
         hessian, usable = _hessian(kernel, frequency, find)
-        return jnp.where(usable, -jnp.linalg.solve(hessian, slope_change), 0)
+        return jnp.where(usable, -solve(hessian, slope_change)[0], 0)
 
     rates = jax.vmap(rate)(operator.kernel, tangents[0].kernel, frequencies)
     return frequencies, rates
@@ -128,6 +129,9 @@ def _hessian(
     # An axis with one tap has no say in anything.
     hessian = hessian - jnp.diag(jnp.where(taps == 1, 1.0, 0.0).astype(hessian.dtype))
     sigma = lax.stop_gradient(_sigma_at(kernel, frequency, find))
-    values = jnp.linalg.eigvalsh(lax.stop_gradient(hessian))
-    usable = jnp.all(values < -1e-6 * sigma)
-    return jnp.where(usable, hessian, -jnp.eye(dim, dtype=hessian.dtype)), usable
+    identity = jnp.eye(dim, dtype=hessian.dtype)
+    # All eigenvalues below that, if the pivots say that the rest is positive definite.
+    rest = -lax.stop_gradient(hessian) - 1e-6 * sigma * identity
+    _, pivots = solve(rest, jnp.zeros(dim, hessian.dtype))
+    usable = jnp.all(pivots > 0)
+    return jnp.where(usable, hessian, -identity), usable
