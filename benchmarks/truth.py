@@ -126,12 +126,14 @@ def _heights(kernel: _Kernel, counts: list[int]) -> Float[np.ndarray, "*half_gri
 def _krylov_norm(symbol: Complex[np.ndarray, "out in"]) -> float:
     symbol = np.ascontiguousarray(symbol, np.complex64)
     adjoint = np.ascontiguousarray(symbol.conj().T)
-    square = scipy.sparse.linalg.LinearOperator(
-        (symbol.shape[1],) * 2,
-        matvec=lambda v: adjoint @ (symbol @ v),
-        dtype=np.complex64,
+    shape = symbol.shape[1:] * 2
+    # The stubs know neither of these arguments nor that a tolerance is a number.
+    operator: Any = scipy.sparse.linalg.LinearOperator
+    square = operator(
+        shape, matvec=lambda v: adjoint @ (symbol @ v), dtype=symbol.dtype
     )
-    values = scipy.sparse.linalg.eigsh(square, k=1, tol=1e-3, return_eigenvectors=False)
+    eigsh: Any = scipy.sparse.linalg.eigsh
+    values = eigsh(square, k=1, tol=1e-3, return_eigenvectors=False)
     return math.sqrt(max(float(values[0]), 0.0))
 
 

@@ -241,7 +241,7 @@ def epsilon(progress: float) -> float:
 
 def layer_norms(agents: Agent) -> np.ndarray:
     """The true norms of the weights that act, in float64: layers as rows."""
-    networks = eqx.filter_vmap(plain)(agents.network, agents.state)
+    networks = eqx.filter_vmap(spectrax.unwrap)(agents.network, agents.state)
     weights = [np.asarray(layer.weight, np.float64) for layer in networks.layers]
     return np.stack([np.linalg.norm(weight, 2, axis=(1, 2)) for weight in weights])
 

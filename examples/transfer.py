@@ -257,7 +257,8 @@ def finetune(
 def check_start(first: Run, network: eqx.nn.MLP) -> None:
     """Exits with code 1 if the models are not the pretrained ones to the last bit."""
     before = jax.tree.leaves(eqx.filter(network, eqx.is_array))
-    after = jax.tree.leaves(eqx.filter(eqx.filter_vmap(plain)(first), eqx.is_array))
+    unwrapped = eqx.filter_vmap(spectrax.unwrap)(first.model, first.state)
+    after = jax.tree.leaves(eqx.filter(unwrapped, eqx.is_array))
     if not all(itertools.starmap(jnp.array_equal, zip(before, after, strict=True))):
         sys.exit("The promise does not hold: a model does not start unchanged.")
     print("ClipToInitial: every model starts unchanged to the last bit.\n")

@@ -168,7 +168,16 @@ def constrain(
 
     The same as `equinox.nn.make_with_state(spectrax.wrap)(module, ...)`.
 
-    **Arguments:** those of [`spectrax.wrap`][].
+    **Arguments:** those of [`spectrax.wrap`][], which has them in full.
+
+    - `module`: a layer or any pytree of layers.
+    - `constraint`: what is done with the norm, by default [`spectrax.Normalize`][] to 1.
+    - `estimator`: how the norm is found.
+    - `where`: chooses layers, submodules or arrays, by default every known layer.
+    - `view`: how the chosen weights act, if not as their layers say.
+    - `input_size`: of the chosen convolutions, by default every size.
+    - `state`: that of `module`, if it has been separated from it already.
+    - `key`: randomness of the starting vectors.
 
     **Returns:**
 
