@@ -171,7 +171,7 @@ def constrain(
     **Arguments:** those of [`spectrax.wrap`][], which has them in full.
 
     - `module`: a layer or any pytree of layers.
-    - `constraint`: what is done with the norm, by default [`spectrax.Normalize`][] to 1.
+    - `constraint`: what is done with the norm, by default `Normalize()`.
     - `estimator`: how the norm is found.
     - `where`: chooses layers, submodules or arrays, by default every known layer.
     - `view`: how the chosen weights act, if not as their layers say.
