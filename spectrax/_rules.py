@@ -50,12 +50,15 @@ class WeightRule(eqx.Module):
 _RULES: dict[type, tuple[WeightRule, ...]] = {}
 
 
+def registered_type(layer: object) -> Any:
+    """The layer's type, or the nearest class it inherits from that is registered."""
+    return next((cls for cls in type(layer).__mro__ if cls in _RULES), None)
+
+
 def rules_for(layer: object) -> tuple[WeightRule, ...] | None:
     """The rules of the layer's type, or of the nearest class it inherits from."""
-    for cls in type(layer).__mro__:
-        if cls in _RULES:
-            return _RULES[cls]
-    return None
+    known = registered_type(layer)
+    return None if known is None else _RULES[known]
 
 
 def register_layer(
@@ -67,9 +70,11 @@ def register_layer(
 ) -> None:
     """Teaches `wrap` a layer type.
 
-    Subclasses are covered too, unless they are registered themselves. Registering a
-    type again replaces what was known of it; registering `weights=()` says that the
-    type has none, so that `wrap` passes it by without a warning.
+    Subclasses are covered too, unless they are registered themselves. One that has a
+    `__call__` of its own has to be, as it may do something else with the weight: `wrap`
+    refuses it otherwise. Registering a type again replaces what was known of it;
+    registering `weights=()` says that the type has none, so that `wrap` passes it by
+    without a warning.
 
     **Arguments:**
 

@@ -9,7 +9,13 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._rules import array_rule, known_layers, rules_for, WeightRule
+from ._rules import (
+    array_rule,
+    known_layers,
+    registered_type,
+    rules_for,
+    WeightRule,
+)
 from ._tree import as_path, follow, nodes, Path, path_string
 
 
@@ -120,10 +126,15 @@ def _weights_in(model: PyTree, target: Any) -> list[Path]:
     return paths
 
 
-def check_weight(model: PyTree, path: Path) -> Array:
-    """The array at the path, if it is one that can be constrained."""
+def check_weight(model: PyTree, path: Path, *, with_view: bool) -> Array:
+    """The array at the path, if it is one that can be constrained, in a layer that
+    uses it as its rule says, or as a view that the user gave does.
+    """
     weight = follow(model, path)
     name = path_string(path)
+    _check_acts_as_it_is(model, path)
+    if not with_view:
+        _check_call(follow(model, path[:-1]) if path else None, name)
     if not isinstance(weight, jax.Array):
         raise TypeError(
             f"expected the weight `{name}` to be a JAX array, got "
@@ -150,6 +161,41 @@ def check_weight(model: PyTree, path: Path) -> Array:
             "one of these, or the layer."
         )
     return weight
+
+
+def _check_acts_as_it_is(model: PyTree, path: Path) -> None:
+    """Whatever is claimed of a weight that is transformed again is not true of the one
+    that acts.
+    """
+    for i in range(len(path)):
+        outer = follow(model, path[:i])
+        if not isinstance(outer, eqx.nn.WeightNorm | eqx.nn.SpectralNorm):
+            continue
+        if path[i:] == (("attr", "layer"), ("attr", outer.weight_name)):
+            raise ValueError(
+                "expected a weight that acts as it is, got "
+                f"`{path_string(path)}`, which `equinox.nn.{type(outer).__name__}` "
+                "transforms again at each call. Use the layer inside of it in its "
+                "place, or leave it out with `where`."
+            )
+
+
+def _check_call(layer: Any, name: str) -> None:
+    """A subclass with a call of its own may do with the weight what it likes."""
+    known, own = registered_type(layer), type(layer)
+    if known is None or _call_of(own) is _call_of(known):
+        return
+    raise ValueError(
+        f"expected the weight `{name}` to act as that of {known.__name__} does, got "
+        f"{own.__name__}, which has a `__call__` of its own. Say how its weight acts, "
+        f"with `spectrax.register_layer({own.__name__}, view=...)` or with `view`, or "
+        "leave it out with `where`."
+    )
+
+
+def _call_of(cls: type) -> Any:
+    found = (vars(base).get("__call__") for base in cls.__mro__)
+    return next((call for call in found if call is not None), None)
 
 
 def _layers_of(model: PyTree) -> list[str]:

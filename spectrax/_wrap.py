@@ -75,7 +75,9 @@ def wrap(
     call, that of [`spectrax.advance`][] and [`spectrax.unwrap`][].
 
     **Raises:** `ValueError` if there is nothing to constrain, if something is wrapped
-    already, if a weight has fewer than two axes, if a weight is chosen twice, if the
+    already, if a weight has fewer than two axes, if it is transformed again by
+    `equinox.nn.WeightNorm` or `SpectralNorm`, if its layer is of a subclass with a
+    `__call__` of its own that is not registered, if a weight is chosen twice, if the
     lengths of sequences differ, or if `input_size` fits no chosen layer; `TypeError` if
     `where` selects something that is not an array of floating-point or complex dtype.
     Warns if it passes by a matrix that no known layer has as its weight.
@@ -136,7 +138,7 @@ def wrap(
                     f"expected each weight once, got `{path_string(path)}` twice. Let "
                     "`where` return nodes that do not overlap."
                 )
-            check_weight(module, path)
+            check_weight(module, path, with_view=view is not None)
             sized = rule_at(module, path)[1].sized and view is None
             fitting |= sized
             site = Site(path, view, size if sized else None, estimator_)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, TypeVar
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -148,7 +149,7 @@ def advance(model: PyTree, state: _State, *, num_steps: int | None = None) -> _S
     """
     new_state: eqx.nn.State | None = state
     for wrapped in _find_wrapped(model):
-        if wrapped.inference or wrapped.memory is None:
+        if wrapped.memory is None or _is_frozen(wrapped):
             continue
         new = [
             advance_site(wrapped.module, site, site_state, num_steps)
@@ -192,10 +193,10 @@ def unwrap(
         weight, and scales the output. The layers are of the original classes, but the
         tree has two arrays where the weight had one. Other layers have arrays.
     - `certified`: for deployment. The weights are scaled down further, until
-        [`spectrax.enclose_norm`][] proves the bound: by about the width of that
-        enclosure, 1e-4 or less for matrices and up to 1% for convolutions at every
-        input size, of which the raw weight's proven norm takes the place of the
-        estimate. They carry no derivative.
+        [`spectrax.enclose_norm`][] proves the bound, by about the width of that
+        enclosure: 1e-4 or less for matrices, up to 1% for convolutions at every input
+        size (inside of `jit` several percent in three dimensions), of which the raw
+        weight's proven norm takes the place of the estimate. They carry no derivative.
     - `progress`: wraps the sequence of weights while they are worked on, as `tqdm.tqdm`
         does, which then shows how far it has come. Proofs take time.
 
@@ -229,15 +230,32 @@ def unwrap(
     constrained = ft.partial(_constrained, lazy=lazy, certified=certified)
     values = iter([constrained(*site) for site in progress(found)])
 
-    def plain(key_path: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, Wrapped) or not node.sites:
-            return node
-        paths = [site.path for site in node.sites]
-        module = replace(node.module, paths, [next(values) for _ in paths])
-        inside_module = any(isinstance(key, jtu.GetAttrKey) for key in key_path)
-        return Wrapped(module) if inside_module else module
+    def plain(wrapped: Wrapped) -> PyTree:
+        paths = [site.path for site in wrapped.sites]
+        return replace(wrapped.module, paths, [next(values) for _ in paths])
 
-    return jtu.tree_map_with_path(plain, model, is_leaf=_is_wrapped)
+    return _without_constraints(model, plain, inside_module=False)
+
+
+def _without_constraints(
+    node: PyTree, plain: Callable[[Wrapped], PyTree], *, inside_module: bool
+) -> PyTree:
+    """The tree with plain modules, inside modules with shells that can be called."""
+    if isinstance(node, Wrapped):
+        if not node.sites:
+            return node
+        return Wrapped(plain(node)) if inside_module else plain(node)
+    children, structure = jtu.tree_flatten(
+        node, is_leaf=lambda inner: inner is not node
+    )
+    if jtu.treedef_is_leaf(structure):
+        return node
+    walk = ft.partial(
+        _without_constraints,
+        plain=plain,
+        inside_module=inside_module or isinstance(node, eqx.Module),
+    )
+    return jtu.tree_unflatten(structure, map(walk, children))
 
 
 def sites_of(
@@ -261,6 +279,18 @@ def sites_of(
 
 def _find_wrapped(model: PyTree) -> list[Wrapped]:
     return [node for _, node in nodes(model, _is_wrapped) if _is_wrapped(node)]
+
+
+def _is_frozen(wrapped: Wrapped) -> bool:
+    if isinstance(wrapped.inference, jax.Array):
+        raise TypeError(
+            "expected `inference` of a wrapped model to be True or False, got a traced "
+            "array: the model went through a JAX transformation as a whole, as in the "
+            "carry of `jax.lax.scan`. Pass its arrays only, with "
+            "`equinox.partition(model, equinox.is_array)`, or let the function close "
+            "over the model and carry the state."
+        )
+    return wrapped.inference
 
 
 def _checked(state: eqx.nn.State | None) -> eqx.nn.State:

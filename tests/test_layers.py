@@ -360,11 +360,56 @@ def test_subclasses_are_what_the_nearest_registered_class_is(getkey):
 
 
 def test_subclass_of_an_equinox_layer(getkey):
-    class Scaled(eqx.nn.Linear):
+    class Named(eqx.nn.Linear):
+        def describe(self) -> str:
+            return "a layer"
+
+    class Scaled(Named):
         def __call__(self, x, *, key=None):
             return 2 * super().__call__(x, key=key)
 
-    _assert_bound(_constrained(Scaled(3, 4, key=getkey())).weight)
+    class Inner(Scaled):
+        pass
+
+    _assert_bound(_constrained(Named(3, 4, key=getkey())).weight)
+    for layer in (Scaled(3, 4, key=getkey()), Inner(3, 4, key=getkey())):
+        name = type(layer).__name__
+        match = (
+            rf"as that of Linear does, got {name}, which has a `__call__` of its own"
+        )
+        with pytest.raises(ValueError, match=match):
+            _constrained({"layers": [layer]})
+        # A view of the user's own says how it acts.
+        model, state = spectrax.constrain(layer, view=lambda weight: 2 * weight)
+        plain = spectrax.unwrap(model, state)
+        np.testing.assert_allclose(np.linalg.norm(plain.weight, 2), 0.5, rtol=1e-6)
+    spectrax.register_layer(Scaled, view=lambda layer, weight: 2 * weight)  # noqa: ARG005
+    for layer in (Scaled(3, 4, key=getkey()), Inner(3, 4, key=getkey())):
+        _assert_bound(_constrained(layer).weight, BOUND / 2)
+
+
+@pytest.mark.filterwarnings("ignore:`spectrax.wrap` leaves these arrays")
+@pytest.mark.parametrize("around", ["WeightNorm", "SpectralNorm"])
+def test_weights_that_are_transformed_again_are_refused(around, getkey):
+    layer = eqx.nn.GRUCell(3, 4, key=getkey())
+
+    def make() -> spectrax.Wrapped:
+        if around == "WeightNorm":
+            inner = eqx.nn.WeightNorm(layer, "weight_ih")
+        else:
+            inner = eqx.nn.SpectralNorm(layer, "weight_ih", key=jr.key(0))
+        return spectrax.wrap({"cells": [inner]}, where=where)
+
+    where = None
+    match = (
+        rf"\['cells'\]\[0\].layer.weight_ih`, which `equinox.nn.{around}` transforms"
+    )
+    with pytest.raises(ValueError, match=match):
+        eqx.nn.make_with_state(make)()
+    # The other weight acts as it is.
+    where = lambda net: net["cells"][0].layer.weight_hh  # noqa: E731
+    model, _ = eqx.nn.make_with_state(make)()
+    assert len(model.sites) == 1
 
 
 def test_registering_again_replaces(getkey):

@@ -181,6 +181,7 @@ def test_layers_that_may_do_more_have_arrays(getkey):
     stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 3, key=key))(keys)
     conv = eqx.nn.Conv1d(2, 2, 3, key=getkey())
     net = (Doubled(3, 3, key=getkey()), stack, conv)
+    spectrax.register_layer(Doubled)
     model, state = spectrax.constrain(net)
     plain = spectrax.unwrap(model, state, lazy=True)
     assert jtu.tree_structure(plain) == jtu.tree_structure(net)

@@ -1,6 +1,7 @@
 """`wrap`, `advance`, `unwrap` and the call, on layers and on whole models."""
 
 import inspect
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -805,6 +806,49 @@ def test_verbs_are_the_identity_on_plain_models(net, getkey):
     once = spectrax.unwrap(outer, state)
     assert eqx.tree_equal(spectrax.unwrap(once, state), once)
     assert spectrax.advance(once, state) is state
+
+
+class Agent(NamedTuple):
+    actor: Any
+    critic: Any
+
+
+def test_named_tuples_of_models(getkey):
+    """Their fields have names, but no code of theirs passes a state."""
+    layers = [eqx.nn.Linear(3, 3, key=getkey()) for _ in range(2)]
+    make = eqx.nn.make_with_state(lambda: Agent(*map(spectrax.wrap, layers)))
+    plain = spectrax.unwrap(*make())
+    assert isinstance(plain, Agent)
+    assert [type(layer) for layer in plain] == [eqx.nn.Linear] * 2
+    outer, state = eqx.nn.make_with_state(Outer)(getkey())
+    both = spectrax.unwrap(Agent(outer, [outer]), state)
+    assert isinstance(both.actor.inner, spectrax.Wrapped)
+    assert isinstance(both.critic[0].inner, spectrax.Wrapped)
+
+
+def test_a_model_in_the_carry_of_a_scan(getkey):
+    layer = eqx.nn.Linear(3, 3, key=getkey())
+
+    def body(carry: Any, _: None) -> tuple[Any, Array]:
+        model, state, x = carry
+        x, state = model(x, state)
+        return (model, state, x), jnp.sum(x)
+
+    start = (*spectrax.constrain(layer), jnp.ones(3))
+    with pytest.raises(
+        TypeError, match=r"`inference` .* to be True or False, got a tra"
+    ):
+        lax.scan(body, start, None, length=3)
+    model, state, x = start
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def arrays_only(carry: Any, _: None) -> tuple[Any, Array]:
+        arrays, state, x = carry
+        x, state = eqx.combine(arrays, static)(x, state)
+        return (arrays, state, x), jnp.sum(x)
+
+    _, sums = lax.scan(arrays_only, (arrays, state, x), None, length=3)
+    assert jnp.all(jnp.isfinite(sums))
 
 
 def test_nothing_to_summarize(net):
