@@ -1,6 +1,7 @@
 """The linear solve behind the derivatives of singular vectors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,5 +66,36 @@ def _conjugate_gradients(function: Callable[[PyTree], PyTree], rhs: PyTree) -> P
         function, jax.eval_shape(lambda: rhs), lx.positive_semidefinite_tag
     )
     eps = float(jnp.finfo(jax.tree.leaves(rhs)[0].dtype).eps)
-    solver = lx.CG(rtol=10 * eps, atol=10 * eps)
+    solver = _InUnits(lx.CG(rtol=10 * eps, atol=10 * eps))
     return lx.linear_solve(operator, rhs, solver, throw=False).value
+
+
+class _InUnits(lx.AbstractLinearSolver[Any]):
+    """A solver that sees right sides whose largest entry is 1: its absolute tolerance
+    is then a relative one, and nothing that it squares overflows or vanishes.
+
+    To JAX the solution stays linear in the right side, as that of any solver does.
+    """
+
+    solver: lx.CG
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
+        return self.solver.init(operator, options)
+
+    def compute(self, state: Any, vector: PyTree, options: dict[str, Any]) -> Any:
+        leaves = jax.tree.leaves(vector)
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+        usable = (largest > 0) & jnp.isfinite(largest)
+        unit = jnp.where(usable, largest, 1)
+        scaled = jax.tree.map(lambda leaf: leaf / unit, vector)
+        solution, result, stats = self.solver.compute(state, scaled, options)
+        return jax.tree.map(lambda leaf: leaf * unit, solution), result, stats
+
+    def transpose(self, state: Any, options: dict[str, Any]) -> Any:
+        return self.solver.transpose(state, options)
+
+    def conj(self, state: Any, options: dict[str, Any]) -> Any:
+        return self.solver.conj(state, options)
+
+    def assume_full_rank(self) -> bool:
+        return self.solver.assume_full_rank()
