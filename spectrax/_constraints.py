@@ -281,8 +281,8 @@ def _ratio(
     weight. A NaN stays one.
     """
     # Vectors that lag far behind the weight can see a negative value, and a constraint
-    # never changes the sign of a weight.
-    sigma = jnp.abs(sigma)
+    # never changes the sign of a weight. A model may be cast after it was wrapped.
+    sigma, bound = jnp.abs(sigma), bound.astype(sigma.dtype)
     zero = sigma <= bound * float(jnp.finfo(sigma.dtype).tiny)
     return jnp.where(zero, at_zero, bound / jnp.where(zero, 1, sigma))
 
@@ -290,7 +290,7 @@ def _ratio(
 def _clipped(
     bound: Float[Array, "*stack"], sigma: Float[Array, "*stack"]
 ) -> Float[Array, "*stack"]:
-    inside = jnp.abs(sigma) <= bound
+    inside = jnp.abs(sigma) <= bound.astype(sigma.dtype)
     # Where inside, the other branch must not meet a zero.
     ratio = _ratio(bound, jnp.where(inside, 1, sigma), at_zero=1.0)
     return jnp.where(inside, 1, ratio)

@@ -367,3 +367,47 @@ def test_buffers_can_be_donated(net, data):
     for _ in range(3):
         copied = plain(copied, x, y)
     assert eqx.tree_equal(carry, copied, rtol=1e-12, atol=1e-12)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Every array of a real dtype, as mixed-precision frameworks do it."""
+    real = lambda x: eqx.is_inexact_array(x) and not jnp.iscomplexobj(x)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(dtype) if real(x) else x, tree)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("model_dtype", "state_dtype"),
+    [
+        (jnp.bfloat16, jnp.float64),
+        (jnp.float16, jnp.float16),
+        (jnp.float32, jnp.float64),
+        (jnp.float64, jnp.float32),
+    ],
+)
+def test_dtypes_may_change_after_wrapping(layer, model_dtype, state_dtype, getkey):
+    plain = {
+        "linear": lambda key: eqx.nn.Linear(6, 5, key=key),
+        "conv": lambda key: eqx.nn.Conv1d(3, 2, 3, key=key),
+    }[layer](getkey())
+    model, state = spectrax.constrain(plain)
+    model, state = _cast(model, model_dtype), _cast(state, state_dtype)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    for _ in range(2):
+        state = spectrax.advance(model, state)
+    assert dtypes == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    got = spectrax.unwrap(model, state)
+    assert got.weight.dtype == model_dtype
+    norm = spectrax.spectral_norm(spectrax.layer_operator(_cast(got, jnp.float64)))
+    np.testing.assert_allclose(
+        norm, 1, rtol=2e-2 if model_dtype != jnp.float64 else 1e-5
+    )
+
+
+def test_a_state_whose_complex_arrays_were_cast(getkey):
+    model, state = spectrax.constrain(eqx.nn.Conv1d(3, 2, 3, key=getkey()))
+    halved = jax.tree.map(
+        lambda x: x.real if eqx.is_array(x) and jnp.iscomplexobj(x) else x, state
+    )
+    with pytest.raises(TypeError, match="amplitudes of plane waves, got float64"):
+        spectrax.unwrap(model, halved)

@@ -4,6 +4,7 @@ import abc
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -108,7 +109,9 @@ class PowerIteration(AbstractEstimator[Any]):
     ) -> Any:
         """As [`spectrax.power_iterate`][]."""
         num_steps = self.num_steps if num_steps is None else num_steps
-        return power_iterate(operator, state, num_steps=num_steps)
+        new = power_iterate(operator, state, num_steps=num_steps)
+        # A state keeps its dtypes, also where model or state were cast after wrapping.
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
 
     def sigma(self, operator: Operator, state: Any) -> Float[Array, ""]:
         """As [`spectrax.singular_value`][]."""

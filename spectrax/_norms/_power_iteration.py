@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray, PyTree
 
 from .._custom_types import LinearOperator, Rows, StructuredRows
+from .._dtypes import at_least_float32, real_dtype
 from .._operators import (
     accumulation_dtype,
     as_operator,
@@ -364,4 +366,13 @@ def _checked_lattice_state(
             f"{expected}, those of the convolution, got {got}. Make the state with "
             "`spectrax.init_power_state(operator)` for an operator of this shape."
         )
-    return state
+    if not jnp.iscomplexobj(state.v):
+        raise TypeError(
+            "expected `state.v` to be complex amplitudes of plane waves, got "
+            f"{state.v.dtype}: a cast to a real dtype drops their imaginary part. Cast "
+            "the real arrays of a state only."
+        )
+    real = real_dtype(at_least_float32(operator.kernel.dtype))
+    v = state.v.astype(np.result_type(real, np.complex64))
+    frequency, value = state.frequency.astype(real), state.value.astype(real)
+    return LatticePowerState(v, frequency, value, state.block_size)
