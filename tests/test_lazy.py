@@ -17,9 +17,6 @@ from jaxtyping import Array
 import spectrax
 
 
-OPTIMIZED = True  # see conftest.py
-
-
 def _by_hand(model: spectrax.Wrapped, state: eqx.nn.State) -> Any:
     """`unwrap` for one layer: its weights over the norms that the vectors see."""
     layer = model.module

@@ -411,3 +411,13 @@ def test_a_state_whose_complex_arrays_were_cast(getkey):
     )
     with pytest.raises(TypeError, match="amplitudes of plane waves, got float64"):
         spectrax.unwrap(model, halved)
+
+
+def test_a_certificate_holds_in_the_dtype_it_was_made_in(getkey):
+    layer = eqx.nn.Linear(4, 3, key=getkey())
+    model, state = spectrax.constrain(layer, estimator=spectrax.GramIteration())
+    narrow, narrow_state = _cast(model, jnp.bfloat16), _cast(state, jnp.bfloat16)
+    for verb in (spectrax.unwrap, spectrax.advance):
+        for cast_state in (state, narrow_state):
+            with pytest.raises(TypeError, match=r"in which it was certified.*bfloat16"):
+                verb(narrow, cast_state)

@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._dtypes import at_least_float32
 from .._norms import AbstractEstimator, Kind, PowerIteration
 from .._norms._rows import stop_gradient
 from .._operators import Operator
@@ -97,18 +99,20 @@ class GramIteration(AbstractEstimator[GramState]):
         self, operator: Operator, state: GramState, *, num_steps: int | None = None
     ) -> GramState:
         """Power iteration, and a new certificate if the old one has drifted."""
+        _check_dtypes(operator, state)
         operator = stop_gradient(operator)
         vectors = self._power().advance(operator, state.vectors, num_steps=num_steps)
         drift = drift_bound(operator, state.reference)
         reference, upper = lax.cond(
             drift > self.tolerance * state.upper,
-            lambda: self._certify(operator),
+            lambda: self._certify(operator, state.upper.dtype),
             lambda: (state.reference, state.upper),
         )
         return GramState(vectors, reference, upper)
 
     def sigma(self, operator: Operator, state: GramState) -> Float[Array, ""]:
         """The bound that was proven, and the drift since."""
+        _check_dtypes(operator, state)
         estimate = self._power().sigma(operator, state.vectors)
         drift = drift_bound(stop_gradient(operator), state.reference)
         # A weight that has not moved keeps the very number.
@@ -121,6 +125,26 @@ class GramIteration(AbstractEstimator[GramState]):
         """Of the vectors; the bound does not depend on it."""
         return self._power().residual(operator, state.vectors)
 
-    def _certify(self, operator: Operator) -> tuple[PyTree[Array], Float[Array, ""]]:
+    def _certify(
+        self, operator: Operator, dtype: Any = None
+    ) -> tuple[PyTree[Array], Float[Array, ""]]:
         operator = stop_gradient(operator)
-        return arrays_of(operator), enclose_norm(operator, rtol=self.rtol).upper
+        upper = enclose_norm(operator, rtol=self.rtol).upper
+        if dtype not in (None, upper.dtype):
+            upper = up(upper.astype(dtype), 1)
+        return arrays_of(operator), upper
+
+
+def _check_dtypes(operator: Operator, state: GramState) -> None:
+    """A bound proven of some numbers says nothing of the same ones, rounded."""
+    got, expected = (
+        [leaf.dtype for leaf in jtu.tree_leaves(tree)]
+        for tree in (arrays_of(operator), state.reference)
+    )
+    if got != expected or at_least_float32(state.upper.dtype) != state.upper.dtype:
+        raise TypeError(
+            f"expected a weight of the dtypes {expected} in which it was certified, "
+            f"with a bound of dtype float32 at least, got {got} and "
+            f"{state.upper.dtype}: model or state were cast after wrapping. Constrain "
+            "the model anew in its new dtype."
+        )
