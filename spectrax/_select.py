@@ -57,7 +57,7 @@ def find_weights(model: PyTree) -> list[Path]:
             f"that has them as weights: {names}. To constrain them use "
             "`spectrax.register_layer` or `where`; to silence this, name what you want "
             "with `where`.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return paths
 

@@ -16,6 +16,10 @@ from ._tree import as_path, nodes, Path, path_string
 from ._wrapped import Wrapped
 
 
+# The arguments of `Wrapped`.
+_Parts = tuple[PyTree, list[Site], list[AbstractConstraint | None], list[SiteState]]
+
+
 def wrap(
     module: PyTree,
     *,
@@ -110,49 +114,17 @@ def wrap(
         y, state = eqx.filter_jit(critic)(jax.random.normal(key, (64,)), state)
         ```
     """
-    _check_unwrapped(module)
-    if state is not None:
-        module = _with_state(module, state)
-    if where is None:
-        targets, several = [find_weights(module)], False
-    else:
-        targets, several = select_weights(module, where)
-    constraints = _for_each(
-        constraint, AbstractConstraint, "constraint", targets, several=several
+    parts = constrained_parts(
+        module,
+        constraint=constraint,
+        estimator=estimator,
+        where=where,
+        view=view,
+        input_size=input_size,
+        state=state,
+        key=key,
     )
-    estimators = _for_each(
-        estimator, AbstractEstimator, "estimator", targets, several=several
-    )
-    size = None if input_size is None else tuple(input_size)
-    key = jr.key(0) if key is None else key
-    sites: list[Site] = []
-    trained: list[AbstractConstraint | None] = []
-    states: list[SiteState] = []
-    fitting = False
-    for paths, constraint_, estimator_ in zip(
-        targets, constraints, estimators, strict=True
-    ):
-        for path in paths:
-            if any(site.path == path for site in sites):
-                raise ValueError(
-                    f"expected each weight once, got `{path_string(path)}` twice. Let "
-                    "`where` return nodes that do not overlap."
-                )
-            check_weight(module, path, with_view=view is not None)
-            sized = rule_at(module, path)[1].sized and view is None
-            fitting |= sized
-            site = Site(path, view, size if sized else None, estimator_)
-            site_key = jr.fold_in(key, len(sites))
-            state_, trained_ = init_site(module, site, constraint_, site_key)
-            sites.append(site)
-            states.append(state_)
-            trained.append(trained_)
-    if size is not None and not fitting:
-        raise ValueError(
-            f"expected `input_size` with a convolution among the chosen layers, got "
-            f"{size} and none whose norm depends on it. Leave it out."
-        )
-    return Wrapped(module, sites, trained, states)
+    return Wrapped(*parts)
 
 
 def constrain(
@@ -234,6 +206,66 @@ def constrain(
         state=state,
         key=key,
     )
+
+
+def constrained_parts(
+    module: PyTree,
+    *,
+    constraint: Any,
+    estimator: Any,
+    where: Callable[[PyTree], Any] | None = None,
+    view: View | None = None,
+    input_size: Sequence[int] | None = None,
+    state: eqx.nn.State | None = None,
+    key: PRNGKeyArray | None = None,
+) -> _Parts:
+    """What a `Wrapped` is made from, with the arguments of `wrap`.
+
+    For `wrap` itself and for the `__init__` of classes that inherit from `Wrapped`.
+    """
+    _check_unwrapped(module)
+    if state is not None:
+        module = _with_state(module, state)
+    if where is None:
+        targets, several = [find_weights(module)], False
+    else:
+        targets, several = select_weights(module, where)
+    constraints = _for_each(
+        constraint, AbstractConstraint, "constraint", targets, several=several
+    )
+    estimators = _for_each(
+        estimator, AbstractEstimator, "estimator", targets, several=several
+    )
+    size = None if input_size is None else tuple(input_size)
+    key = jr.key(0) if key is None else key
+    sites: list[Site] = []
+    trained: list[AbstractConstraint | None] = []
+    states: list[SiteState] = []
+    fitting = False
+    for paths, constraint_, estimator_ in zip(
+        targets, constraints, estimators, strict=True
+    ):
+        for path in paths:
+            if any(site.path == path for site in sites):
+                raise ValueError(
+                    f"expected each weight once, got `{path_string(path)}` twice. Let "
+                    "`where` return nodes that do not overlap."
+                )
+            check_weight(module, path, with_view=view is not None)
+            sized = rule_at(module, path)[1].sized and view is None
+            fitting |= sized
+            site = Site(path, view, size if sized else None, estimator_)
+            site_key = jr.fold_in(key, len(sites))
+            state_, trained_ = init_site(module, site, constraint_, site_key)
+            sites.append(site)
+            states.append(state_)
+            trained.append(trained_)
+    if size is not None and not fitting:
+        raise ValueError(
+            f"expected `input_size` with a convolution among the chosen layers, got "
+            f"{size} and none whose norm depends on it. Leave it out."
+        )
+    return module, sites, trained, states
 
 
 def _for_each(

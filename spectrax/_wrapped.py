@@ -24,7 +24,8 @@ class Wrapped(eqx.nn.StatefulLayer):
 
     A pytree with the raw weights as its trainable leaves. The vectors of power
     iteration and fixed bounds are in the `equinox.nn.State`. Made by `wrap`, from the
-    constrained weights (`sites`) with their `constraints` and first `states`.
+    constrained weights (`sites`) with their `constraints` and first `states`. Ready
+    layers such as [`spectrax.nn.SpectralLinear`][] are subclasses.
 
     - `module`: the module as it was given, with raw weights.
     - `constraints`: of each constrained weight the constraint if it is trained, as a
@@ -46,7 +47,7 @@ class Wrapped(eqx.nn.StatefulLayer):
         constraints: Sequence[AbstractConstraint | None] = (),
         states: Sequence[SiteState] = (),
     ):
-        """Used by `wrap`; without `sites` nothing is constrained."""
+        """Used by `wrap` and by subclasses; without `sites` nothing is constrained."""
         self.module = module
         self.constraints = tuple(constraints)
         self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None

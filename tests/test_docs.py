@@ -21,6 +21,7 @@ API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^::: spectrax\.([\w.]+)$", re.MULTILINE)
+_SHARED = re.compile(r"\*\*Arguments:\*\* those of \[`spectrax\.([\w.]+)`\]")
 
 
 def public(package: ModuleType, prefix: str = "") -> dict[str, Any]:
@@ -135,6 +136,13 @@ def heads(docstring: str) -> set[str]:
     return set(re.findall(r"\*\*(\w+):\*\*", docstring))
 
 
+def with_shared(name: str) -> str:
+    """A docstring and, if it says that it has the arguments of another, that one."""
+    docstring = inspect.getdoc(PUBLIC[name]) or ""
+    shared = _SHARED.search(docstring)
+    return docstring + with_shared(shared[1]) if shared else docstring
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sections_of_functions(name: str):
     function = PUBLIC[name]
@@ -144,18 +152,18 @@ def test_sections_of_functions(name: str):
     if signature.return_annotation is not None:
         expected.add("Returns")
     assert expected <= heads(docstring)
+    explained = with_shared(name)
     for argument in signature.parameters:
-        assert f"- `{argument}`:" in docstring, f"`{argument}` is not documented"
+        assert f"- `{argument}`:" in explained, f"`{argument}` is not documented"
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_fields_of_classes(name: str):
     """What is given to a class, or found in it, is explained in its docstring."""
-    cls = PUBLIC[name]
-    docstring = inspect.getdoc(cls) or ""
+    docstring = with_shared(name)
     missing = {
         (name, argument)
-        for argument in inspect.signature(cls).parameters
+        for argument in inspect.signature(PUBLIC[name]).parameters
         if f"`{argument}`" not in docstring
     }
     assert not missing

@@ -4,7 +4,9 @@ Norms are computed exactly here: how a norm is estimated is tested elsewhere, an
 decomposition compiles fast.
 """
 
+import functools as ft
 import inspect
+import pickle
 
 import equinox as eqx
 import jax
@@ -57,6 +59,121 @@ def test_arguments_are_those_of_equinox(ready, kind):
 
     # A default such as (1, 1) is that of 1 for each axis.
     assert arguments(ready) == arguments(kind.__init__)
+
+
+# Classes.
+
+_SMALL = {
+    spectrax.nn.SpectralLinear: (3, 2),
+    spectrax.nn.SpectralConv1d: (2, 3, 2),
+    spectrax.nn.SpectralConv2d: (2, 3, 2),
+    spectrax.nn.SpectralConv3d: (2, 3, 2),
+    spectrax.nn.SpectralConvTranspose1d: (2, 3, 2),
+    spectrax.nn.SpectralConvTranspose2d: (2, 3, 2),
+    spectrax.nn.SpectralConvTranspose3d: (2, 3, 2),
+    spectrax.nn.SpectralMultiheadAttention: (2, 4),
+    spectrax.nn.AdaptiveSpectralNorm: (3, 2),
+}
+_BASES = [spectrax.nn.SpectralConv, spectrax.nn.SpectralConvTranspose]
+
+
+def equinox_layer(kind, key):
+    return KINDS.get(kind, eqx.nn.Linear)(*_SMALL[kind], key=key)
+
+
+def small(kind, key):
+    if kind is spectrax.nn.AdaptiveSpectralNorm:
+        layer = equinox_layer(kind, key)
+        return make(kind, layer, estimator=spectrax.ExactSVD())
+    if issubclass(kind, tuple(_BASES)):
+        size = (2,) * kind.kind(1, 1, 1, key=key).num_spatial_dims
+        return make(kind, *_SMALL[kind], **EXACT, input_size=size, key=key)
+    return make(kind, *_SMALL[kind], **EXACT, key=key)
+
+
+def assert_is_one(model, kind):
+    assert isinstance(model, kind)
+    assert isinstance(model, spectrax.Wrapped)
+    others = [other for other in _SMALL if isinstance(model, other)]
+    assert others == [kind]
+
+
+def by_pickle(kind, key):
+    return pickle.loads(pickle.dumps(small(kind, key)))[0]
+
+
+def by_vmap(kind, key):
+    return eqx.filter_vmap(ft.partial(small, kind))(jr.split(key, 2))[0]
+
+
+def by_jit(kind, key):
+    return eqx.filter_jit(lambda model: model)(small(kind, key)[0])
+
+
+def by_inference_mode(kind, key):
+    return eqx.nn.inference_mode(small(kind, key)[0])
+
+
+@pytest.mark.parametrize("kind", _SMALL, ids=lambda kind: kind.__name__)
+def test_ready_layers_are_classes(kind, getkey):
+    key = getkey()
+    assert inspect.isclass(kind)
+    model, state = small(kind, key)
+    assert_is_one(model, kind)
+    raw = equinox_layer(kind, key)
+    assert type(model.module) is type(raw)
+    assert eqx.tree_equal(model.module, raw)
+    # The class of Equinox's layer is what is left without the constraint.
+    assert type(spectrax.unwrap(model, state)) is type(raw)
+
+
+@pytest.mark.parametrize("through", [by_pickle, by_vmap, by_jit, by_inference_mode])
+@pytest.mark.parametrize("kind", _SMALL, ids=lambda kind: kind.__name__)
+def test_ready_layers_keep_their_class(kind, through, getkey):
+    assert_is_one(through(kind, getkey()), kind)
+
+
+def test_a_stack_has_the_weights_of_a_stack(getkey):
+    key, kind = getkey(), spectrax.nn.SpectralConv1d
+    raw = eqx.filter_vmap(ft.partial(equinox_layer, kind))(jr.split(key, 2))
+    assert eqx.tree_equal(by_vmap(kind, key).module, raw)
+
+
+def test_ready_layers_in_the_init_of_a_module(getkey):
+    class Two(eqx.Module):
+        first: spectrax.nn.SpectralConv2d
+        second: spectrax.nn.SpectralConvTranspose2d
+
+        def __init__(self, key):
+            size = {"input_size": (4, 4)}
+            self.first = spectrax.nn.SpectralConv2d(1, 2, 2, **EXACT, **size, key=key)
+            self.second = spectrax.nn.SpectralConvTranspose2d(
+                2, 1, 2, **EXACT, input_size=(3, 3), key=key
+            )
+
+        def __call__(self, x, state):
+            return self.second(*self.first(x, state))
+
+    key = getkey()
+    model, state = make(Two, key)
+    assert_is_one(model.first, spectrax.nn.SpectralConv2d)
+    assert_is_one(model.second, spectrax.nn.SpectralConvTranspose2d)
+    assert eqx.tree_equal(model.first.module, eqx.nn.Conv2d(1, 2, 2, key=key))
+    state = spectrax.advance(model, state)
+    x = jr.normal(key, (1, 4, 4))
+    plain = spectrax.unwrap(model, state)
+    expected, _ = plain(x, state)
+    np.testing.assert_allclose(model(x, state)[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("base", _BASES, ids=lambda base: base.__name__)
+def test_what_convolutions_share_is_abstract(base, getkey):
+    kinds = [kind for kind in _SMALL if issubclass(kind, base)]
+    assert [kind.__name__ for kind in kinds] == [
+        f"{base.__name__}{dims}d" for dims in (1, 2, 3)
+    ]
+    with pytest.raises(TypeError, match=f"abstract class {base.__name__} "):
+        base(2, 3, 2, key=getkey())
 
 
 # Linear layers and convolutions.

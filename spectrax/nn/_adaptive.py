@@ -6,19 +6,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
 from .._constraints import AbstractConstraint, LearnableBound, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap
+from .._wrap import constrained_parts
 from .._wrapped import Wrapped
 
 
-def AdaptiveSpectralNorm(
-    layer: PyTree,
-    *,
-    initial_bound: float | int | Real[Array, "*stack"] = 1.0,
-    learnable_bound: bool = False,
-    maximum: float | None = None,
-    estimator: AbstractEstimator = PowerIteration(),
-    key: PRNGKeyArray | None = None,
-) -> Wrapped:
+class AdaptiveSpectralNorm(Wrapped):
     """Scales every weight of a layer or model so that its norm is a bound of your own,
     fixed or trained: `W * bound / sigma(W)`.
 
@@ -44,8 +36,6 @@ def AdaptiveSpectralNorm(
     - `estimator`: how the norms are found, as in `wrap`.
     - `key`: randomness of the starting vectors. Optional; a fixed key if not given.
 
-    **Returns:**
-
     A [`spectrax.Wrapped`][], called as `y, state = model(*args, state)`.
 
     **Cost:** that of `wrap`.
@@ -70,8 +60,22 @@ def AdaptiveSpectralNorm(
         print([constraint.target() for constraint in model.constraints])  # 2 each
         ```
     """
-    constraint = _bound(initial_bound, maximum, learnable=learnable_bound)
-    return wrap(layer, constraint=constraint, estimator=estimator, key=key)
+
+    def __init__(
+        self,
+        layer: PyTree,
+        *,
+        initial_bound: float | int | Real[Array, "*stack"] = 1.0,
+        learnable_bound: bool = False,
+        maximum: float | None = None,
+        estimator: AbstractEstimator = PowerIteration(),
+        key: PRNGKeyArray | None = None,
+    ):
+        constraint = _bound(initial_bound, maximum, learnable=learnable_bound)
+        parts = constrained_parts(
+            layer, constraint=constraint, estimator=estimator, key=key
+        )
+        super().__init__(*parts)
 
 
 def _bound(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
 from .._rules import register_layer
-from .._wrap import wrap
+from .._wrap import constrained_parts
 from .._wrapped import Wrapped
 
 
@@ -54,27 +54,7 @@ register_layer(HeadProjections)
 register_layer(HeadSum)
 
 
-def SpectralMultiheadAttention(
-    num_heads: int,
-    query_size: int,
-    key_size: int | None = None,
-    value_size: int | None = None,
-    output_size: int | None = None,
-    qk_size: int | None = None,
-    vo_size: int | None = None,
-    use_query_bias: bool = False,  # noqa: FBT001, FBT002
-    use_key_bias: bool = False,  # noqa: FBT001, FBT002
-    use_value_bias: bool = False,  # noqa: FBT001, FBT002
-    use_output_bias: bool = False,  # noqa: FBT001, FBT002
-    dropout_p: float = 0.0,
-    inference: bool = False,  # noqa: FBT001, FBT002
-    dtype: Any = None,
-    *,
-    per_head: bool = False,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    key: PRNGKeyArray,
-) -> Wrapped:
+class SpectralMultiheadAttention(Wrapped):
     """`equinox.nn.MultiheadAttention` whose four projections are constrained: those of
     query, key and value, and the one of the output.
 
@@ -120,8 +100,6 @@ def SpectralMultiheadAttention(
     - `estimator`: how each norm is found, as in `wrap`.
     - `key`: randomness of the initial weights.
 
-    **Returns:**
-
     A [`spectrax.Wrapped`][], called as
     `y, state = layer(query, key, value, state=state)`, with `mask` after the value and
     with `key` (for dropout) and `inference` as keyword arguments.
@@ -145,26 +123,50 @@ def SpectralMultiheadAttention(
         y, state = layer(x, x, x, causal, state)
         ```
     """
-    attention = eqx.nn.MultiheadAttention(
-        num_heads,
-        query_size,
-        key_size,
-        value_size,
-        output_size,
-        qk_size,
-        vo_size,
-        use_query_bias,
-        use_key_bias,
-        use_value_bias,
-        use_output_bias,
-        dropout_p,
-        inference,
-        dtype,
-        key=key,
-    )
-    if per_head:
-        attention = _cut_into_heads(attention)
-    return wrap(attention, constraint=constraint, estimator=estimator)
+
+    def __init__(
+        self,
+        num_heads: int,
+        query_size: int,
+        key_size: int | None = None,
+        value_size: int | None = None,
+        output_size: int | None = None,
+        qk_size: int | None = None,
+        vo_size: int | None = None,
+        use_query_bias: bool = False,  # noqa: FBT001, FBT002
+        use_key_bias: bool = False,  # noqa: FBT001, FBT002
+        use_value_bias: bool = False,  # noqa: FBT001, FBT002
+        use_output_bias: bool = False,  # noqa: FBT001, FBT002
+        dropout_p: float = 0.0,
+        inference: bool = False,  # noqa: FBT001, FBT002
+        dtype: Any = None,
+        *,
+        per_head: bool = False,
+        constraint: AbstractConstraint = Normalize(),
+        estimator: AbstractEstimator = PowerIteration(),
+        key: PRNGKeyArray,
+    ):
+        attention = eqx.nn.MultiheadAttention(
+            num_heads,
+            query_size,
+            key_size,
+            value_size,
+            output_size,
+            qk_size,
+            vo_size,
+            use_query_bias,
+            use_key_bias,
+            use_value_bias,
+            use_output_bias,
+            dropout_p,
+            inference,
+            dtype,
+            key=key,
+        )
+        if per_head:
+            attention = _cut_into_heads(attention)
+        parts = constrained_parts(attention, constraint=constraint, estimator=estimator)
+        super().__init__(*parts)
 
 
 def _cut_into_heads(attention: eqx.nn.MultiheadAttention) -> eqx.nn.MultiheadAttention:

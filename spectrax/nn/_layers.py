@@ -1,27 +1,18 @@
 """Equinox's linear layers and convolutions with their norm under a constraint."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap
+from .._wrap import constrained_parts
 from .._wrapped import Wrapped
 
 
-def SpectralLinear(
-    in_features: int | Literal["scalar"],
-    out_features: int | Literal["scalar"],
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    key: PRNGKeyArray,
-) -> Wrapped:
+class SpectralLinear(Wrapped):
     """`equinox.nn.Linear` with a constrained weight: `y = W̃ x + b`, where `W̃` is the
     weight `W` after `constraint`, by default `W / sigma(W)`.
 
@@ -40,8 +31,6 @@ def SpectralLinear(
     - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
     - `estimator`: how the norm is found, as in `wrap`.
     - `key`: randomness of the initial weights.
-
-    **Returns:**
 
     A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
 
@@ -63,40 +52,40 @@ def SpectralLinear(
         y, state = layer(jax.numpy.ones(64), state)
         ```
     """
-    layer = eqx.nn.Linear(in_features, out_features, use_bias, dtype, key=key)
-    return wrap(layer, constraint=constraint, estimator=estimator)
+
+    def __init__(
+        self,
+        in_features: int | Literal["scalar"],
+        out_features: int | Literal["scalar"],
+        use_bias: bool = True,  # noqa: FBT001, FBT002
+        dtype: Any = None,
+        *,
+        constraint: AbstractConstraint = Normalize(),
+        estimator: AbstractEstimator = PowerIteration(),
+        key: PRNGKeyArray,
+    ):
+        layer = eqx.nn.Linear(in_features, out_features, use_bias, dtype, key=key)
+        parts = constrained_parts(layer, constraint=constraint, estimator=estimator)
+        super().__init__(*parts)
 
 
-def SpectralConv1d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.Conv1d` whose kernel is constrained: by default divided by
-    the norm of the convolution.
+class SpectralConv(Wrapped):
+    """A convolution of Equinox whose kernel is constrained: by default divided by the
+    norm of the convolution. Abstract: what [`spectrax.nn.SpectralConv1d`][],
+    [`spectrax.nn.SpectralConv2d`][] and [`spectrax.nn.SpectralConv3d`][] share.
 
-    The same as `spectrax.wrap(eqx.nn.Conv1d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
+    The same as `spectrax.wrap(eqx.nn.Conv2d(...))`, with the same raw weights for the
+    same `key`. What is bounded is the norm of the map that the layer computes, with its
+    stride, padding, dilation and groups, and so its Lipschitz constant in the Euclidean
+    norm; not the norm of the flattened kernel.
+
+    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
 
     **Kind:** as the estimator's; see [`spectrax.unwrap`][].
 
     **Arguments:**
 
-    - `in_channels`: channels of the input `[in_channels, length]`.
+    - `in_channels`: channels of the input `[in_channels, *sizes]`.
     - `out_channels`: channels of the output.
     - `kernel_size`: of the kernel, a number or one for each spatial axis.
     - `stride`: likewise.
@@ -109,17 +98,62 @@ def SpectralConv1d(
     - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
     - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
     - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(length)` of the input for
-        which the norm is to be bounded. By default at every size.
+    - `input_size`: the spatial sizes of the input for which the norm is to be bounded.
+        By default at every size.
     - `key`: randomness of the initial weights.
 
-    **Returns:**
-
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
+    Of each class: `kind`, Equinox's class of the layer.
 
     **Cost:** that of `wrap`.
 
-    **Raises:** what `equinox.nn.Conv1d` and `wrap` raise.
+    **Raises:** what Equinox's layer and `wrap` raise.
+    """
+
+    kind: eqx.AbstractClassVar[type[eqx.nn.Conv1d | eqx.nn.Conv2d | eqx.nn.Conv3d]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        use_bias: bool = True,  # noqa: FBT001, FBT002
+        padding_mode: str = "ZEROS",
+        dtype: Any = None,
+        *,
+        constraint: AbstractConstraint = Normalize(),
+        estimator: AbstractEstimator = PowerIteration(),
+        input_size: Sequence[int] | None = None,
+        key: PRNGKeyArray,
+    ):
+        layer = self.kind(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            use_bias,
+            padding_mode,
+            dtype,
+            key=key,
+        )
+        parts = constrained_parts(
+            layer, constraint=constraint, estimator=estimator, input_size=input_size
+        )
+        super().__init__(*parts)
+
+
+class SpectralConv1d(SpectralConv):
+    """`equinox.nn.Conv1d` with a constrained kernel, for inputs
+    `[in_channels, length]`.
+
+    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    `(length,)`.
 
     !!! Example
 
@@ -133,77 +167,16 @@ def SpectralConv1d(
         y, state = layer(jax.numpy.ones((2, 8)), state)
         ```
     """
-    layer = eqx.nn.Conv1d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.Conv1d
 
 
-def SpectralConv2d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.Conv2d` whose kernel is constrained: by default divided by
-    the norm of the convolution.
+class SpectralConv2d(SpectralConv):
+    """`equinox.nn.Conv2d` with a constrained kernel, for inputs
+    `[in_channels, height, width]`.
 
-    The same as `spectrax.wrap(eqx.nn.Conv2d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
-
-    **Kind:** as the estimator's; see [`spectrax.unwrap`][].
-
-    **Arguments:**
-
-    - `in_channels`: channels of the input `[in_channels, height, width]`.
-    - `out_channels`: channels of the output.
-    - `kernel_size`: of the kernel, a number or one for each spatial axis.
-    - `stride`: likewise.
-    - `padding`: a number, one or a pair for each axis, `"SAME"`, `"SAME_LOWER"` or
-        `"VALID"`.
-    - `dilation`: a number or one for each axis.
-    - `groups`: the number of groups of channels.
-    - `use_bias`: whether to add a bias to each channel.
-    - `padding_mode`: `"ZEROS"`, `"REFLECT"`, `"REPLICATE"` or `"CIRCULAR"`.
-    - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
-    - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
-    - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(height, width)` of the input for
-        which the norm is to be bounded. By default at every size.
-    - `key`: randomness of the initial weights.
-
-    **Returns:**
-
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
-
-    **Cost:** that of `wrap`.
-
-    **Raises:** what `equinox.nn.Conv2d` and `wrap` raise.
+    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    `(height, width)`.
 
     !!! Example
 
@@ -217,77 +190,16 @@ def SpectralConv2d(
         y, state = layer(jax.numpy.ones((2, 4, 4)), state)
         ```
     """
-    layer = eqx.nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.Conv2d
 
 
-def SpectralConv3d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.Conv3d` whose kernel is constrained: by default divided by
-    the norm of the convolution.
+class SpectralConv3d(SpectralConv):
+    """`equinox.nn.Conv3d` with a constrained kernel, for inputs
+    `[in_channels, depth, height, width]`.
 
-    The same as `spectrax.wrap(eqx.nn.Conv3d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
-
-    **Kind:** as the estimator's; see [`spectrax.unwrap`][].
-
-    **Arguments:**
-
-    - `in_channels`: channels of the input `[in_channels, depth, height, width]`.
-    - `out_channels`: channels of the output.
-    - `kernel_size`: of the kernel, a number or one for each spatial axis.
-    - `stride`: likewise.
-    - `padding`: a number, one or a pair for each axis, `"SAME"`, `"SAME_LOWER"` or
-        `"VALID"`.
-    - `dilation`: a number or one for each axis.
-    - `groups`: the number of groups of channels.
-    - `use_bias`: whether to add a bias to each channel.
-    - `padding_mode`: `"ZEROS"`, `"REFLECT"`, `"REPLICATE"` or `"CIRCULAR"`.
-    - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
-    - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
-    - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(depth, height, width)` of the input for
-        which the norm is to be bounded. By default at every size.
-    - `key`: randomness of the initial weights.
-
-    **Returns:**
-
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
-
-    **Cost:** that of `wrap`.
-
-    **Raises:** what `equinox.nn.Conv3d` and `wrap` raise.
+    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    `(depth, height, width)`.
 
     !!! Example
 
@@ -301,19 +213,5 @@ def SpectralConv3d(
         y, state = layer(jax.numpy.ones((2, 4, 4, 4)), state)
         ```
     """
-    layer = eqx.nn.Conv3d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.Conv3d

@@ -1,72 +1,83 @@
 """Equinox's transposed convolutions with their norm under a constraint."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap
+from .._wrap import constrained_parts
 from .._wrapped import Wrapped
 
 
-def SpectralConvTranspose1d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    output_padding: int | Sequence[int] = 0,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.ConvTranspose1d` whose kernel is constrained: by default
-    divided by the norm of the transposed convolution.
+class SpectralConvTranspose(Wrapped):
+    """A transposed convolution of Equinox whose kernel is constrained: by default
+    divided by the norm of the transposed convolution. Abstract: what
+    [`spectrax.nn.SpectralConvTranspose1d`][],
+    [`spectrax.nn.SpectralConvTranspose2d`][] and
+    [`spectrax.nn.SpectralConvTranspose3d`][] share.
 
-    The same as `spectrax.wrap(eqx.nn.ConvTranspose1d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
+    What is bounded, how it is called, kind, cost and what is raised are as with
+    [`spectrax.nn.SpectralConv`][].
 
-    **Kind:** as the estimator's; see [`spectrax.unwrap`][].
+    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with one more after `stride`
+    and fewer modes:
 
-    **Arguments:**
-
-    - `in_channels`: channels of the input `[in_channels, length]`.
-    - `out_channels`: channels of the output.
-    - `kernel_size`: of the kernel, a number or one for each spatial axis.
-    - `stride`: likewise.
     - `output_padding`: added to one side of the output, less than the stride.
-    - `padding`: a number, one or a pair for each axis, `"SAME"`, `"SAME_LOWER"` or
-        `"VALID"`.
-    - `dilation`: a number or one for each axis.
-    - `groups`: the number of groups of channels.
-    - `use_bias`: whether to add a bias to each channel.
     - `padding_mode`: `"ZEROS"` or, with `padding="SAME"`, `"CIRCULAR"`.
-    - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
-    - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
-    - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(length)` of the input for
-        which the norm is to be bounded. By default at every size.
-    - `key`: randomness of the initial weights.
+    """
 
-    **Returns:**
+    kind: eqx.AbstractClassVar[
+        type[eqx.nn.ConvTranspose1d | eqx.nn.ConvTranspose2d | eqx.nn.ConvTranspose3d]
+    ]
 
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        output_padding: int | Sequence[int] = 0,
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        use_bias: bool = True,  # noqa: FBT001, FBT002
+        padding_mode: str = "ZEROS",
+        dtype: Any = None,
+        *,
+        constraint: AbstractConstraint = Normalize(),
+        estimator: AbstractEstimator = PowerIteration(),
+        input_size: Sequence[int] | None = None,
+        key: PRNGKeyArray,
+    ):
+        layer = self.kind(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            output_padding,
+            padding,
+            dilation,
+            groups,
+            use_bias,
+            padding_mode,
+            dtype,
+            key=key,
+        )
+        parts = constrained_parts(
+            layer, constraint=constraint, estimator=estimator, input_size=input_size
+        )
+        super().__init__(*parts)
 
-    **Cost:** that of `wrap`.
 
-    **Raises:** what `equinox.nn.ConvTranspose1d` and `wrap` raise.
+class SpectralConvTranspose1d(SpectralConvTranspose):
+    """`equinox.nn.ConvTranspose1d` with a constrained kernel, for inputs
+    `[in_channels, length]`.
+
+    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
+    as `(length,)`.
 
     !!! Example
 
@@ -80,80 +91,16 @@ def SpectralConvTranspose1d(
         y, state = layer(jax.numpy.ones((4, 4)), state)
         ```
     """
-    layer = eqx.nn.ConvTranspose1d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        output_padding,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.ConvTranspose1d
 
 
-def SpectralConvTranspose2d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    output_padding: int | Sequence[int] = 0,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.ConvTranspose2d` whose kernel is constrained: by default
-    divided by the norm of the transposed convolution.
+class SpectralConvTranspose2d(SpectralConvTranspose):
+    """`equinox.nn.ConvTranspose2d` with a constrained kernel, for inputs
+    `[in_channels, height, width]`.
 
-    The same as `spectrax.wrap(eqx.nn.ConvTranspose2d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
-
-    **Kind:** as the estimator's; see [`spectrax.unwrap`][].
-
-    **Arguments:**
-
-    - `in_channels`: channels of the input `[in_channels, height, width]`.
-    - `out_channels`: channels of the output.
-    - `kernel_size`: of the kernel, a number or one for each spatial axis.
-    - `stride`: likewise.
-    - `output_padding`: added to one side of the output, less than the stride.
-    - `padding`: a number, one or a pair for each axis, `"SAME"`, `"SAME_LOWER"` or
-        `"VALID"`.
-    - `dilation`: a number or one for each axis.
-    - `groups`: the number of groups of channels.
-    - `use_bias`: whether to add a bias to each channel.
-    - `padding_mode`: `"ZEROS"` or, with `padding="SAME"`, `"CIRCULAR"`.
-    - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
-    - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
-    - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(height, width)` of the input for
-        which the norm is to be bounded. By default at every size.
-    - `key`: randomness of the initial weights.
-
-    **Returns:**
-
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
-
-    **Cost:** that of `wrap`.
-
-    **Raises:** what `equinox.nn.ConvTranspose2d` and `wrap` raise.
+    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
+    as `(height, width)`.
 
     !!! Example
 
@@ -167,80 +114,16 @@ def SpectralConvTranspose2d(
         y, state = layer(jax.numpy.ones((4, 4, 4)), state)
         ```
     """
-    layer = eqx.nn.ConvTranspose2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        output_padding,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.ConvTranspose2d
 
 
-def SpectralConvTranspose3d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    output_padding: int | Sequence[int] = 0,
-    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    use_bias: bool = True,  # noqa: FBT001, FBT002
-    padding_mode: str = "ZEROS",
-    dtype: Any = None,
-    *,
-    constraint: AbstractConstraint = Normalize(),
-    estimator: AbstractEstimator = PowerIteration(),
-    input_size: Sequence[int] | None = None,
-    key: PRNGKeyArray,
-) -> Wrapped:
-    """`equinox.nn.ConvTranspose3d` whose kernel is constrained: by default
-    divided by the norm of the transposed convolution.
+class SpectralConvTranspose3d(SpectralConvTranspose):
+    """`equinox.nn.ConvTranspose3d` with a constrained kernel, for inputs
+    `[in_channels, depth, height, width]`.
 
-    The same as `spectrax.wrap(eqx.nn.ConvTranspose3d(...))`, with the same raw weights
-    for the same `key`. What is bounded is the norm of the map that the layer computes,
-    with its stride, padding, dilation and groups, and so its Lipschitz constant in the
-    Euclidean norm; not the norm of the flattened kernel.
-
-    **Kind:** as the estimator's; see [`spectrax.unwrap`][].
-
-    **Arguments:**
-
-    - `in_channels`: channels of the input `[in_channels, depth, height, width]`.
-    - `out_channels`: channels of the output.
-    - `kernel_size`: of the kernel, a number or one for each spatial axis.
-    - `stride`: likewise.
-    - `output_padding`: added to one side of the output, less than the stride.
-    - `padding`: a number, one or a pair for each axis, `"SAME"`, `"SAME_LOWER"` or
-        `"VALID"`.
-    - `dilation`: a number or one for each axis.
-    - `groups`: the number of groups of channels.
-    - `use_bias`: whether to add a bias to each channel.
-    - `padding_mode`: `"ZEROS"` or, with `padding="SAME"`, `"CIRCULAR"`.
-    - `dtype`: of the kernel and the bias. By default JAX's floating-point dtype.
-    - `constraint`: what is done with the norm, as in [`spectrax.wrap`][].
-    - `estimator`: how the norm is found, as in `wrap`.
-    - `input_size`: the spatial sizes `(depth, height, width)` of the input for
-        which the norm is to be bounded. By default at every size.
-    - `key`: randomness of the initial weights.
-
-    **Returns:**
-
-    A [`spectrax.Wrapped`][], called as `y, state = layer(x, state)`.
-
-    **Cost:** that of `wrap`.
-
-    **Raises:** what `equinox.nn.ConvTranspose3d` and `wrap` raise.
+    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
+    as `(depth, height, width)`.
 
     !!! Example
 
@@ -254,20 +137,5 @@ def SpectralConvTranspose3d(
         y, state = layer(jax.numpy.ones((4, 4, 4, 4)), state)
         ```
     """
-    layer = eqx.nn.ConvTranspose3d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        output_padding,
-        padding,
-        dilation,
-        groups,
-        use_bias,
-        padding_mode,
-        dtype,
-        key=key,
-    )
-    return wrap(
-        layer, constraint=constraint, estimator=estimator, input_size=input_size
-    )
+
+    kind: ClassVar = eqx.nn.ConvTranspose3d
