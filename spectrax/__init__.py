@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from . import nn as nn
+from ._constrained import Constrained as Constrained
 from ._constraints import (
     AbstractConstraint as AbstractConstraint,
     Clip as Clip,
@@ -41,7 +42,11 @@ from ._operators import (
     LatticeConvolution as LatticeConvolution,
 )
 from ._rules import layer_operator as layer_operator, register_layer as register_layer
-from ._wrap import constrain as constrain, wrap as wrap
+from ._wrap import (
+    constrain as constrain,
+    with_constraint as with_constraint,
+    wrap as wrap,
+)
 from ._wrapped import advance as advance, unwrap as unwrap, Wrapped as Wrapped
 
 

@@ -7,41 +7,39 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from ._certify_kernel import certified_kernels, NO_PROOF
 from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import check_provable, enclose_norm, in_memory
 from ._norms import stop_gradient
 from ._operators import LatticeConvolution, Operator
-from ._site import over_stack, Site, site_norm, site_view, SiteState
-from ._tree import follow, path_string
+from ._tree import over_stack
 
 
 _MAX_ATTEMPTS = 24
 
 
-def certified_site_weight(
-    module: PyTree, site: Site, state: SiteState, constraint: AbstractConstraint
+def certified_weights(
+    weight: Inexact[Array, "..."],
+    view: Callable[[Array], Operator],
+    depth: int,
+    constraint: AbstractConstraint,
+    norm: Callable[[], Float[Array, "*stack"]],
 ) -> Inexact[Array, "..."]:
-    """A site's constrained weight, or the whole stack of them, with proof."""
-    weight = follow(module, site.path)
-    build, depth = site_view(module, site)
+    """A weight, or a whole stack of them, scaled such that the constraint is proven to
+    be kept. `norm` finds the norm of the raw weight, if it is needed.
+    """
     one = jax.ShapeDtypeStruct(weight.shape[depth:], weight.dtype)
-    try:
-        operator = eqx.filter_eval_shape(build, one)
-        check_provable(operator)
-    except ValueError as error:
-        raise ValueError(
-            f"`{path_string(site.path)}` cannot be certified: {error}"
-        ) from error
+    operator = eqx.filter_eval_shape(view, one)
+    check_provable(operator)
     target = constraint.target()
     concrete = in_memory(weight) and in_memory(target)
     if concrete and isinstance(operator, LatticeConvolution):
-        return certified_kernels(build, depth, weight, constraint)
-    scale = constraint.scale(site_norm(module, site, state))
+        return certified_kernels(view, depth, weight, constraint)
+    scale = constraint.scale(norm())
     bound = jnp.broadcast_to(target, scale.shape)
-    return _certified(build, depth, weight, scale, bound)
+    return _certified(view, depth, weight, scale, bound)
 
 
 @eqx.filter_jit

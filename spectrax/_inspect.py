@@ -12,7 +12,8 @@ import lineax as lx
 import numpy as np
 from jaxtyping import PyTree
 
-from ._constraints import AbstractConstraint, apply_scale
+from ._constrained import Constrained, is_constrained
+from ._constraints import apply_scale
 from ._enclosures import enclose_norm
 from ._norms import (
     init_power_state,
@@ -22,9 +23,8 @@ from ._norms import (
 )
 from ._operators import LatticeConvolution, mode_matrices, Operator
 from ._select import search_weights
-from ._site import over_stack, Site, site_norm, site_operators, SiteState
-from ._tree import as_path, follow, nodes, Path, path_string, replace
-from ._wrapped import sites_of, Wrapped
+from ._tree import as_path, follow, nodes, path_string
+from ._wrapped import without_wrappers
 
 
 _LARGEST_DENSE = 2**24
@@ -183,11 +183,11 @@ def summary(
         worst = max(row.true_norm / row.bound for row in table)
         ```
     """
+    bare = without_wrappers(model)
     weights = [
-        (node.module, *found, as_path(key_path))
-        for key_path, node in nodes(model, lambda node: isinstance(node, Wrapped))
-        if isinstance(node, Wrapped)
-        for found in sites_of(node, state)
+        (as_path(key_path), node)
+        for key_path, node in nodes(bare, is_constrained)
+        if is_constrained(node)
     ]
     if not weights:
         raise ValueError(
@@ -196,28 +196,26 @@ def summary(
             "spectrax.constrain(model)`."
         )
     rows: list[SummaryRow] = []
-    for module, site, own, constraint, root in progress(weights):
-        rows += _rows(module, site, own, constraint, root, enclosure, true_norm)
-    return Summary(tuple(rows), tuple(_unconstrained(model)))
+    for path, node in progress(weights):
+        layer = type(follow(bare, path[:-1])).__name__
+        rows += _rows(node, state, path_string(path), layer, enclosure, true_norm)
+    return Summary(tuple(rows), tuple(_unconstrained(bare)))
 
 
 def _rows(
-    module: PyTree,
-    site: Site,
-    state: SiteState,
-    constraint: AbstractConstraint,
-    root: Path,
+    node: Constrained,
+    state: eqx.nn.State,
+    name: str,
+    layer: str,
     with_ends: bool,  # noqa: FBT001
     with_truth: bool,  # noqa: FBT001
 ) -> list[SummaryRow]:
-    operators, depth = site_operators(module, site)
-    sigma = site_norm(module, site, state)
-    scale = constraint.scale(sigma)
-    residual = over_stack(site.estimator.residual, depth)(operators, state.estimate)
-    weight = follow(module, site.path)
-    constrained = replace(module, [site.path], [apply_scale(weight, scale)])
-    operators, _ = site_operators(constrained, site)
-    bound = jnp.broadcast_to(constraint.target(), sigma.shape)
+    sigma = node.norm(state)
+    scale = node.rule(state).scale(sigma)
+    residual = node.residual(state)
+    scaled = eqx.tree_at(lambda n: n.weight, node, apply_scale(node.weight, scale))
+    operators = scaled.operators()
+    bound = jnp.broadcast_to(node.bound(state), sigma.shape)
     rows = []
     for index in np.ndindex(sigma.shape):
         operator = _at(operators, index)
@@ -225,14 +223,14 @@ def _rows(
         box = enclose_norm(operator) if with_ends else None
         rows.append(
             SummaryRow(
-                path=path_string((*root, *site.path)) + suffix,
-                layer=type(follow(module, site.path[:-1])).__name__,
-                shape=weight.shape[depth:],
+                path=name + suffix,
+                layer=layer,
+                shape=node.weight.shape[node.stack_ndim :],
                 sigma=float(sigma[index]),
                 norm=_norm_now(operator, float(jnp.abs(sigma[index]) * scale[index])),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
-                kind=site.estimator.kind,
+                kind=node.estimator.kind,
                 lower=None if box is None else float(box.lower),
                 upper=None if box is None else float(box.upper),
                 true_norm=_true_norm(operator) if with_truth else None,
@@ -276,14 +274,11 @@ def _true_norm(operator: Operator) -> float:
 
 def _unconstrained(model: PyTree) -> list[tuple[str, tuple[int, ...]]]:
     """The weights and the unknown matrices that are left without constrained ones."""
-
-    def bare(node: Any) -> Any:
-        if not isinstance(node, Wrapped):
-            return node
-        paths = [site.path for site in node.sites]
-        return replace(node.module, paths, [None] * len(paths))
-
-    rest = jtu.tree_map(bare, model, is_leaf=lambda node: isinstance(node, Wrapped))
+    rest = jtu.tree_map(
+        lambda node: None if is_constrained(node) else node,
+        model,
+        is_leaf=is_constrained,
+    )
     weights, strangers = search_weights(rest)
     return [(path_string(p), follow(rest, p).shape) for p in weights + strangers]
 

@@ -13,21 +13,6 @@ from ._constraints import apply_scale
 from ._dtypes import widest
 
 
-# Their calls do nothing with a weight but multiply by it, or look up its rows. Not
-# those of subclasses, which may do more.
-_MULTIPLY_BY_WEIGHTS = (
-    eqx.nn.Linear,
-    eqx.nn.Embedding,
-    eqx.nn.GRUCell,
-    eqx.nn.LSTMCell,
-)
-
-
-def multiplies_by_weight(layer: object) -> bool:
-    """Whether a `ScaledWeight` in the place of a weight will do for a layer."""
-    return type(layer) in _MULTIPLY_BY_WEIGHTS
-
-
 def _of_the_array(name: str) -> Callable[..., Any]:
     def method(self: "ScaledWeight", *args: Any) -> Any:
         return getattr(self.__jax_array__(), name)(*args)

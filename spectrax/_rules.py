@@ -14,10 +14,13 @@ The bound of a weight then means:
   all heads stacked). Dot-product attention has no global Lipschitz constant.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
+import numpy as np
 from jaxtyping import Array
 
 from ._operators import (
@@ -29,7 +32,34 @@ from ._operators import (
 
 
 InputSize = Sequence[int] | None
-View = Callable[[Any, Array, InputSize], Operator]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundView:
+    """A view of a weight with all that it has to know: `function(*before, weight,
+    *after)`. It can be compared, hashed and pickled, as what is static has to be.
+
+    `before` is at most a layer without its arrays, `after` at most an input size.
+    """
+
+    function: Callable[..., Operator | Array]
+    before: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+    after: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+
+    def __call__(self, weight: Array) -> Operator:
+        """How the weight acts."""
+        return as_operator(self.function(*self.before, weight, *self.after))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoundView):
+            return NotImplemented
+        ours, theirs = (
+            (view.function, view.before, view.after) for view in (self, other)
+        )
+        return ours[0] == theirs[0] and bool(eqx.tree_equal(ours[1:], theirs[1:]))
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.after))
 
 
 class WeightRule(eqx.Module):
@@ -37,14 +67,27 @@ class WeightRule(eqx.Module):
 
     name: str
     ndim: int | None  # without stacked axes; None for that of a convolution
-    view: View
-    sized: bool  # whether the view depends on an input size
+    # Of the layer and the weight, and if `sized` of the size of the input.
+    view: Callable[..., Operator | Array]
+    sized: bool = False
+    products_only: bool = False
 
-    def stack_ndim(self, layer: Any, weight: Array) -> int:
-        """How many leading axes of the weight are a stack of layers."""
-        if self.ndim is not None:
-            return weight.ndim - self.ndim
-        return weight.ndim - layer.num_spatial_dims - 2
+    def weight_ndim(self, layer: Any) -> int:
+        """How many axes the weight of one layer has, without those of a stack."""
+        return layer.num_spatial_dims + 2 if self.ndim is None else self.ndim
+
+    def view_of(self, layer: Any, input_size: InputSize) -> BoundView:
+        """How the weight of this layer acts."""
+        size = None if input_size is None else tuple(input_size)
+        after = (size,) if self.sized else ()
+        return BoundView(self.view, (_without_arrays(layer),), after)
+
+
+def _without_arrays(layer: Any) -> Any:
+    def is_array(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+    return eqx.filter(layer, is_array, inverse=True)
 
 
 _RULES: dict[type, tuple[WeightRule, ...]] = {}
@@ -61,12 +104,26 @@ def rules_for(layer: object) -> tuple[WeightRule, ...] | None:
     return None if known is None else _RULES[known]
 
 
+def acts_as_registered(layer: object) -> bool:
+    """Whether a layer has the call of the type that it was registered as. A subclass
+    with a call of its own may do with the weight what it likes.
+    """
+    known = registered_type(layer)
+    return known is None or _call_of(type(layer)) is _call_of(known)
+
+
+def _call_of(cls: type) -> Any:
+    found = (vars(base).get("__call__") for base in cls.__mro__)
+    return next((call for call in found if call is not None), None)
+
+
 def register_layer(
     layer_type: type,
     weights: str | Sequence[str] = "weight",
     *,
     view: Callable[[Any, Array], Operator | Array] | None = None,
     ndim: int = 2,
+    products_only: bool = False,
 ) -> None:
     """Teaches `wrap` a layer type.
 
@@ -82,11 +139,16 @@ def register_layer(
     - `weights`: the names of the attributes that hold its weights.
     - `view`: how a weight acts, a function `view(layer, weight)` to a matrix or an
         operator, linear in the weight. By default the weight is a matrix `[out, in]`.
-        Of `layer`, use only what is not an array: in a stack the others are stacked.
+        `layer` comes without its arrays, with `None` in their places. To pickle a model
+        that was constrained with it, define it in a module.
     - `ndim`: how many axes a weight has. Further axes in front of them are those of a
         stack of layers, made by `equinox.filter_vmap`.
+    - `products_only`: whether the layer does nothing with its weights but `weight @ x`
+        and `weight[index]`, so that [`spectrax.unwrap`][] may scale its outputs in
+        their place if it is asked to be `lazy`.
 
-    **Raises:** `TypeError` if `layer_type` is not a class, `ValueError` if `ndim < 1`.
+    **Raises:** `TypeError` if `layer_type` is not a class or `view` is not a function,
+    `ValueError` if `ndim < 1`.
 
     !!! Example
 
@@ -116,23 +178,26 @@ def register_layer(
         )
     if ndim < 1:
         raise ValueError(f"expected `ndim` to be at least 1, got {ndim}.")
+    if view is not None and not callable(view):
+        raise TypeError(
+            "expected `view` to be a function `view(layer, weight)` to a matrix or an "
+            f"operator, got {view!r}."
+        )
     names = (weights,) if isinstance(weights, str) else tuple(weights)
+    view = _as_it_is if view is None else view
     _RULES[layer_type] = tuple(
-        WeightRule(name, ndim, _as_view(view), sized=False) for name in names
+        WeightRule(name, ndim, view, products_only=products_only) for name in names
     )
 
 
-def _as_view(view: Callable[[Any, Array], Operator | Array] | None) -> View:
-    def full_view(layer: object, weight: Array, input_size: InputSize) -> Operator:
-        del input_size
-        return as_operator(weight if view is None else view(layer, weight))
-
-    return full_view
+def _as_it_is(layer: Any, weight: Array) -> Array:
+    del layer
+    return weight
 
 
 def array_rule(name: str) -> WeightRule:
     """For an array that a user points at in a layer of unknown type: a matrix."""
-    return WeightRule(name, 2, _as_view(None), sized=False)
+    return WeightRule(name, 2, _as_it_is)
 
 
 def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
@@ -182,7 +247,7 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
         )
     (rule,) = rules
     weight = getattr(layer, rule.name)
-    if rule.stack_ndim(layer, weight) != 0:
+    if weight.ndim != rule.weight_ndim(layer):
         raise ValueError(
             f"expected one layer, got a stack of them: the weight has shape "
             f"{weight.shape}. Use `equinox.filter_vmap(spectrax.layer_operator)`, or "
@@ -193,7 +258,7 @@ def layer_operator(layer: object, *, input_size: InputSize = None) -> Operator:
             f"expected no `input_size` for {type(layer).__name__}, whose weight acts "
             f"in the same way whatever the input; got {tuple(input_size)}."
         )
-    return rule.view(layer, weight, input_size)
+    return rule.view_of(layer, input_size)(weight)
 
 
 def known_layers() -> str:
@@ -202,14 +267,14 @@ def known_layers() -> str:
     return ", ".join(names)
 
 
-def _register_convolution(layer_type: type, view: View) -> None:
+def _register_convolution(layer_type: type, view: Callable[..., Operator]) -> None:
     _RULES[layer_type] = (WeightRule("weight", None, view, sized=True),)
 
 
-register_layer(eqx.nn.Linear)
-register_layer(eqx.nn.Embedding)
-register_layer(eqx.nn.GRUCell, ("weight_ih", "weight_hh"))
-register_layer(eqx.nn.LSTMCell, ("weight_ih", "weight_hh"))
+register_layer(eqx.nn.Linear, products_only=True)
+register_layer(eqx.nn.Embedding, products_only=True)
+for _cell in (eqx.nn.GRUCell, eqx.nn.LSTMCell):
+    register_layer(_cell, ("weight_ih", "weight_hh"), products_only=True)
 _register_convolution(eqx.nn.Conv, convolution_operator)
 _register_convolution(eqx.nn.ConvTranspose, convolution_transpose_operator)
 # Their arrays scale or shift entries one by one; a spectral norm is not what they have.

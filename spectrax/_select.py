@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._rules import (
+    acts_as_registered,
     array_rule,
     known_layers,
     registered_type,
@@ -147,7 +148,7 @@ def check_weight(model: PyTree, path: Path, *, with_view: bool) -> Array:
             f"got {weight.dtype}. Leave it out with `where`, or convert it."
         )
     layer, rule = rule_at(model, path)
-    if weight.ndim < 2 or rule.stack_ndim(layer, weight) < 0:
+    if weight.ndim < max(2, rule.weight_ndim(layer)):
         raise ValueError(
             f"expected the weight `{name}` to have at least two axes, got shape "
             f"{weight.shape}: a scalar or a vector is no linear map between vectors. "
@@ -182,20 +183,15 @@ def _check_acts_as_it_is(model: PyTree, path: Path) -> None:
 
 def _check_call(layer: Any, name: str) -> None:
     """A subclass with a call of its own may do with the weight what it likes."""
-    known, own = registered_type(layer), type(layer)
-    if known is None or _call_of(own) is _call_of(known):
+    if acts_as_registered(layer):
         return
+    known, own = registered_type(layer), type(layer)
     raise ValueError(
         f"expected the weight `{name}` to act as that of {known.__name__} does, got "
         f"{own.__name__}, which has a `__call__` of its own. Say how its weight acts, "
         f"with `spectrax.register_layer({own.__name__}, view=...)` or with `view`, or "
         "leave it out with `where`."
     )
-
-
-def _call_of(cls: type) -> Any:
-    found = (vars(base).get("__call__") for base in cls.__mro__)
-    return next((call for call in found if call is not None), None)
 
 
 def _layers_of(model: PyTree) -> list[str]:

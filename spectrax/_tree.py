@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -65,3 +66,10 @@ def nodes(
 ) -> list[tuple[tuple[Any, ...], Any]]:
     """Every leaf with its key path, where nodes of the given kind count as leaves."""
     return jtu.tree_flatten_with_path(tree, is_leaf=is_node)[0]
+
+
+def over_stack(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
+    """Maps over the first `depth` axes of every array among the arguments."""
+    for _ in range(depth):
+        function = eqx.filter_vmap(function)
+    return function

@@ -6,18 +6,23 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ._constrained import (
+    Constrained,
+    constrained_weights,
+    is_constrained,
+)
 from ._constraints import AbstractConstraint, Normalize
 from ._norms import AbstractEstimator, PowerIteration
+from ._operators import Operator
+from ._rules import acts_as_registered, BoundView
 from ._select import check_weight, find_weights, rule_at, select_weights
-from ._site import init_site, Site, SiteState, View
-from ._tree import as_path, nodes, Path, path_string
-from ._wrapped import Wrapped
+from ._tree import as_path, nodes, Path, path_string, replace
+from ._wrapped import without_wrappers, Wrapped
 
 
-# The arguments of `Wrapped`.
-_Parts = tuple[PyTree, list[Site], list[AbstractConstraint | None], list[SiteState]]
+View = Callable[[Array], Operator | Array]
 
 
 def wrap(
@@ -114,17 +119,18 @@ def wrap(
         y, state = eqx.filter_jit(critic)(jax.random.normal(key, (64,)), state)
         ```
     """
-    parts = constrained_parts(
-        module,
-        constraint=constraint,
-        estimator=estimator,
-        where=where,
-        view=view,
-        input_size=input_size,
-        state=state,
-        key=key,
+    return Wrapped(
+        with_constraints(
+            module,
+            constraint=constraint,
+            estimator=estimator,
+            where=where,
+            view=view,
+            input_size=input_size,
+            state=state,
+            key=key,
+        )
     )
-    return Wrapped(*parts)
 
 
 def constrain(
@@ -208,7 +214,77 @@ def constrain(
     )
 
 
-def constrained_parts(
+def with_constraint(
+    model: PyTree,
+    state: eqx.nn.State,
+    constraint: AbstractConstraint | Sequence[AbstractConstraint],
+    *,
+    where: Callable[[PyTree], Any] | None = None,
+) -> tuple[PyTree, eqx.nn.State]:
+    """A constrained model with another constraint: another bound, or one of another
+    kind. Weights, and the vectors of the estimators, stay what they are.
+
+    **Arguments:**
+
+    - `model`: what `constrain` returned, or any pytree with constrained weights in it.
+    - `state`: the state of the whole model. It stays valid.
+    - `constraint`: what is done with the norms from now on.
+    - `where`: chooses nodes of `model`, as in `equinox.tree_at`; by default all of it.
+        If it returns a sequence, `constraint` may be one of the same length.
+
+    **Returns:**
+
+    The model and the state. Between fixed constraints of one kind their structure
+    stays, so that nothing is compiled anew.
+
+    **Cost:** one product of each weight with a vector.
+
+    **Raises:** `ValueError` if there is no constrained weight in what was chosen, or if
+    the lengths of sequences differ.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import spectrax
+
+        mlp = eqx.nn.MLP(8, 4, width_size=16, depth=2, key=jax.random.key(0))
+        model, state = spectrax.constrain(mlp, constraint=spectrax.Normalize(2.0))
+        model, state = spectrax.with_constraint(model, state, spectrax.Normalize(1.0))
+        print(spectrax.summary(model, state))
+        ```
+    """
+    chosen = model if where is None else where(model)
+    several = where is not None and isinstance(chosen, list | tuple)
+    targets = [constrained_weights(node) for node in (chosen if several else [chosen])]
+    if not all(targets):
+        raise ValueError(
+            "expected a model with constrained weights, got "
+            f"{type(chosen).__name__} in which there are none. Constrain it first: "
+            "`model, state = spectrax.constrain(model)`."
+        )
+    constraints = _for_each(
+        constraint, AbstractConstraint, "constraint", targets, several=several
+    )
+    new = {
+        id(node): node.with_constraint(state, constraint_)
+        for nodes_, constraint_ in zip(targets, constraints, strict=True)
+        for node in nodes_
+    }
+    changed = iter([new.get(id(node)) for node in constrained_weights(model)])
+
+    def with_new(node: Any) -> Any:
+        return (next(changed) or node) if is_constrained(node) else node
+
+    def make() -> PyTree:
+        initial = with_state(model, state)
+        return jtu.tree_map(with_new, initial, is_leaf=is_constrained)
+
+    return eqx.nn.make_with_state(make)()
+
+
+def with_constraints(
     module: PyTree,
     *,
     constraint: Any,
@@ -218,14 +294,14 @@ def constrained_parts(
     input_size: Sequence[int] | None = None,
     state: eqx.nn.State | None = None,
     key: PRNGKeyArray | None = None,
-) -> _Parts:
-    """What a `Wrapped` is made from, with the arguments of `wrap`.
+) -> PyTree:
+    """The module with constrained weights as nodes, with the arguments of `wrap`.
 
     For `wrap` itself and for the `__init__` of classes that inherit from `Wrapped`.
     """
     _check_unwrapped(module)
     if state is not None:
-        module = _with_state(module, state)
+        module = with_state(module, state)
     if where is None:
         targets, several = [find_weights(module)], False
     else:
@@ -238,38 +314,41 @@ def constrained_parts(
     )
     size = None if input_size is None else tuple(input_size)
     key = jr.key(0) if key is None else key
-    sites: list[Site] = []
-    trained: list[AbstractConstraint | None] = []
-    states: list[SiteState] = []
+    found: dict[Path, Constrained] = {}
     fitting = False
     for paths, constraint_, estimator_ in zip(
         targets, constraints, estimators, strict=True
     ):
         for path in paths:
-            if any(site.path == path for site in sites):
+            if path in found:
                 raise ValueError(
                     f"expected each weight once, got `{path_string(path)}` twice. Let "
                     "`where` return nodes that do not overlap."
                 )
-            check_weight(module, path, with_view=view is not None)
-            sized = rule_at(module, path)[1].sized and view is None
-            fitting |= sized
-            site = Site(path, view, size if sized else None, estimator_)
-            site_key = jr.fold_in(key, len(sites))
-            state_, trained_ = init_site(module, site, constraint_, site_key)
-            sites.append(site)
-            states.append(state_)
-            trained.append(trained_)
+            weight = check_weight(module, path, with_view=view is not None)
+            layer, rule = rule_at(module, path)
+            fitting |= rule.sized and view is None
+            # An array of no known layer has as many axes as the view wants.
+            strange = layer is None and view is not None
+            found[path] = Constrained(
+                weight,
+                rule.view_of(layer, size) if view is None else BoundView(view),
+                constraint_,
+                estimator_,
+                ndim=weight.ndim if strange else rule.weight_ndim(layer),
+                products_only=rule.products_only and acts_as_registered(layer),
+                key=jr.fold_in(key, len(found)),
+            )
     if size is not None and not fitting:
         raise ValueError(
             f"expected `input_size` with a convolution among the chosen layers, got "
             f"{size} and none whose norm depends on it. Leave it out."
         )
-    return module, sites, trained, states
+    return replace(module, list(found), list(found.values()))
 
 
 def _for_each(
-    value: Any, kind: type, name: str, targets: list[list[Path]], *, several: bool
+    value: Any, kind: type, name: str, targets: Sequence[Any], *, several: bool
 ) -> list[Any]:
     """One value for each target of `where`."""
     if isinstance(value, kind):
@@ -289,7 +368,7 @@ def _for_each(
     return values
 
 
-def _with_state(module: PyTree, state: eqx.nn.State) -> PyTree:
+def with_state(module: PyTree, state: eqx.nn.State) -> PyTree:
     """Writes the values of a state back as the initial ones of a module."""
     indices = [node for _, node in nodes(module, _is_index) if _is_index(node)]
     if not indices:
@@ -305,17 +384,14 @@ def _with_state(module: PyTree, state: eqx.nn.State) -> PyTree:
 
 
 def _check_unwrapped(module: PyTree) -> None:
-    for key_path, node in nodes(module, _is_wrapped):
-        if _is_wrapped(node) and node.sites:
+    for key_path, node in nodes(without_wrappers(module), is_constrained):
+        if is_constrained(node):
             raise ValueError(
-                "expected a module without constraints, got one that is already "
-                f"wrapped at {path_string(as_path(key_path))}. Constrain each weight "
-                "once: choose with `where`, or `spectrax.unwrap` it first."
+                "expected a module without constraints, got one whose weight "
+                f"`{path_string(as_path(key_path))}` is constrained already. Constrain "
+                "each weight once: choose with `where`, or `spectrax.unwrap` it first; "
+                "for another bound, `spectrax.with_constraint`."
             )
-
-
-def _is_wrapped(node: Any) -> bool:
-    return isinstance(node, Wrapped)
 
 
 def _is_index(node: Any) -> bool:

@@ -1,19 +1,15 @@
 """A module with constrained weights, and what can be done with it: one walk each."""
 
-import functools as ft
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, TypeVar
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._certify import certified_site_weight
-from ._constraints import AbstractConstraint, apply_scale
-from ._lazy import multiplies_by_weight, ScaledWeight
-from ._site import advance_site, Site, site_norm, SiteState
-from ._tree import follow, nodes, replace
+from ._constrained import Constrained, constrained_weights, is_constrained
+from ._constraints import AbstractConstraint
+from ._tree import as_path, nodes, path_string
 
 
 _State = TypeVar("_State", bound=eqx.nn.State | None)
@@ -23,36 +19,40 @@ class Wrapped(eqx.nn.StatefulLayer):
     """A module some of whose weights are constrained: what [`spectrax.wrap`][] returns.
 
     A pytree with the raw weights as its trainable leaves. The vectors of power
-    iteration and fixed bounds are in the `equinox.nn.State`. Made by `wrap`, from the
-    constrained weights (`sites`) with their `constraints` and first `states`. Ready
-    layers such as [`spectrax.nn.SpectralLinear`][] are subclasses.
+    iteration and fixed bounds are in the `equinox.nn.State`. Ready layers such as
+    [`spectrax.nn.SpectralLinear`][] are subclasses.
 
-    - `module`: the module as it was given, with raw weights.
-    - `constraints`: of each constrained weight the constraint if it is trained, as a
-        `LearnableBound` is, else `None`. [`spectrax.summary`][] shows all of them.
-    - `inference`: if `True`, nothing advances. Set by `equinox.nn.inference_mode`.
+    - `module`: the module as it was given, with a [`spectrax.Constrained`][] in the
+        place of each constrained weight.
     """
 
     module: Any
-    constraints: tuple[AbstractConstraint | None, ...]
-    # One index for all sites, as JAX walks through all of this at each call.
-    memory: eqx.nn.StateIndex | None
-    sites: tuple[Site, ...] = eqx.field(static=True)
-    inference: bool
 
-    def __init__(
-        self,
-        module: PyTree,
-        sites: Sequence[Site] = (),
-        constraints: Sequence[AbstractConstraint | None] = (),
-        states: Sequence[SiteState] = (),
-    ):
-        """Used by `wrap` and by subclasses; without `sites` nothing is constrained."""
+    def __init__(self, module: PyTree):
+        """Used by `wrap` and by subclasses; nothing is constrained in a plain one."""
         self.module = module
-        self.constraints = tuple(constraints)
-        self.memory = eqx.nn.StateIndex(tuple(states)) if sites else None
-        self.sites = tuple(sites)
-        self.inference = False
+
+    @property
+    def weights(self) -> tuple[Constrained, ...]:
+        """The constrained weights, in the order of the module's fields."""
+        return tuple(constrained_weights(self.module))
+
+    @property
+    def raw(self) -> Any:
+        """The module with the raw weights, as it would be without constraints."""
+        return jtu.tree_map(
+            lambda node: node.weight if is_constrained(node) else node,
+            self.module,
+            is_leaf=is_constrained,
+        )
+
+    @property
+    def constraints(self) -> tuple[AbstractConstraint | None, ...]:
+        """Of each constrained weight the constraint if it is trained, as a
+        [`spectrax.LearnableBound`][] is, else `None`. [`spectrax.summary`][] shows all
+        of them.
+        """
+        return tuple(node.constraint for node in self.weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Advances the state, then calls the module with constrained weights.
@@ -70,7 +70,7 @@ class Wrapped(eqx.nn.StatefulLayer):
         """
         state, place = _find_state(args, kwargs)
         if state is None:
-            if self.sites:
+            if self.weights:
                 raise TypeError(
                     "expected an `equinox.nn.State` among the arguments, as in "
                     "`model(*args, state)`, got none. The state comes with the model: "
@@ -79,9 +79,9 @@ class Wrapped(eqx.nn.StatefulLayer):
                 )
             return self.module(*args, **kwargs)
         module = self.module
-        if self.sites:
-            state = advance(self, state)
-            module = unwrap(self, state, lazy=True)
+        if self.weights:
+            state = advance(module, state)
+            module = unwrap(module, state, lazy=True)
         if _is_stateful(module):
             args, kwargs = _put(args, kwargs, place, [state])
             return module(*args, **kwargs)
@@ -90,7 +90,7 @@ class Wrapped(eqx.nn.StatefulLayer):
 
     def is_stateful(self) -> bool:
         """Whether a state has to be passed: not once it is unwrapped."""
-        return bool(self.sites) or _is_stateful(self.module)
+        return _is_stateful(self.module)
 
 
 def advance(model: PyTree, state: _State, *, num_steps: int | None = None) -> _State:
@@ -149,14 +149,8 @@ def advance(model: PyTree, state: _State, *, num_steps: int | None = None) -> _S
         ```
     """
     new_state: eqx.nn.State | None = state
-    for wrapped in _find_wrapped(model):
-        if wrapped.memory is None or _is_frozen(wrapped):
-            continue
-        new = [
-            advance_site(wrapped.module, site, site_state, num_steps)
-            for site, site_state, _ in sites_of(wrapped, new_state)
-        ]
-        new_state = _checked(new_state).set(wrapped.memory, tuple(new))
+    for node in constrained_weights(model):
+        new_state = node.advance(new_state, num_steps=num_steps)
     return cast(_State, new_state)
 
 
@@ -224,103 +218,61 @@ def unwrap(
             "its norm is proven as it is stored. Leave out `lazy=True`."
         )
     found = [
-        (wrapped.module, *site)
-        for wrapped in _find_wrapped(model)
-        for site in sites_of(wrapped, state)
+        (path_string(as_path(key_path)), node)
+        for key_path, node in nodes(without_wrappers(model), is_constrained)
+        if is_constrained(node)
     ]
-    constrained = ft.partial(_constrained, lazy=lazy, certified=certified)
-    values = iter([constrained(*site) for site in progress(found)])
-
-    def plain(wrapped: Wrapped) -> PyTree:
-        paths = [site.path for site in wrapped.sites]
-        return replace(wrapped.module, paths, [next(values) for _ in paths])
-
-    return _without_constraints(model, plain, inside_module=False)
-
-
-def _without_constraints(
-    node: PyTree, plain: Callable[[Wrapped], PyTree], *, inside_module: bool
-) -> PyTree:
-    """The tree with plain modules, inside modules with shells that can be called."""
-    if isinstance(node, Wrapped):
-        if not node.sites:
-            return node
-        return Wrapped(plain(node)) if inside_module else plain(node)
-    children, structure = jtu.tree_flatten(
-        node, is_leaf=lambda inner: inner is not node
+    if not found:
+        return model
+    values = iter(
+        [
+            _certified(name, node, state)
+            if certified
+            else node.unwrap(state, lazy=lazy)
+            for name, node in progress(found)
+        ]
     )
-    if jtu.treedef_is_leaf(structure):
-        return node
-    walk = ft.partial(
-        _without_constraints,
-        plain=plain,
-        inside_module=inside_module or isinstance(node, eqx.Module),
+    plain = jtu.tree_map(
+        lambda node: next(values) if is_constrained(node) else node,
+        model,
+        is_leaf=is_constrained,
     )
-    return jtu.tree_unflatten(structure, map(walk, children))
+    return _without_shells(model, plain)
 
 
-def sites_of(
-    wrapped: Wrapped, state: eqx.nn.State | None
-) -> list[tuple[Site, SiteState, AbstractConstraint]]:
-    """Each constrained weight with what it carries and its constraint."""
-    if wrapped.memory is None:
-        return []
-    found = []
-    for site, trained, own in zip(
-        wrapped.sites,
-        wrapped.constraints,
-        _checked(state).get(wrapped.memory),
-        strict=True,
-    ):
-        constraint = own.constraint if trained is None else trained
-        assert constraint is not None
-        found.append((site, own, constraint))
-    return found
+def _certified(name: str, node: Constrained, state: eqx.nn.State | None) -> Any:
+    try:
+        return node.certify(state)
+    except ValueError as error:
+        raise ValueError(f"`{name}` cannot be certified: {error}") from error
 
 
-def _find_wrapped(model: PyTree) -> list[Wrapped]:
-    return [node for _, node in nodes(model, _is_wrapped) if _is_wrapped(node)]
+def without_wrappers(model: PyTree) -> PyTree:
+    """The model with the module in the place of every `Wrapped`, as users know it."""
+    return jtu.tree_map(
+        lambda node: node.module if _is_wrapped(node) else node,
+        model,
+        is_leaf=_is_wrapped,
+    )
 
 
-def _is_frozen(wrapped: Wrapped) -> bool:
-    if isinstance(wrapped.inference, jax.Array):
-        raise TypeError(
-            "expected `inference` of a wrapped model to be True or False, got a traced "
-            "array: the model went through a JAX transformation as a whole, as in the "
-            "carry of `jax.lax.scan`. Pass its arrays only, with "
-            "`equinox.partition(model, equinox.is_array)`, or let the function close "
-            "over the model and carry the state."
-        )
-    return wrapped.inference
+def _without_shells(model: PyTree, plain: PyTree) -> PyTree:
+    """`plain`, with the module in the place of each `Wrapped` that had something to do
+    in `model`. Not inside of other modules, whose code passes a state to it.
+    """
 
+    def stop(node: Any) -> bool:
+        return isinstance(node, eqx.Module)
 
-def _checked(state: eqx.nn.State | None) -> eqx.nn.State:
-    if state is None:
-        raise TypeError(
-            "expected the `equinox.nn.State` of a constrained model, got None. It "
-            "comes with the model: `model, state = spectrax.constrain(module)`."
-        )
-    return state
+    def bare(before: Any, after: Any) -> Any:
+        if _is_wrapped(before) and before.weights:
+            return after.module
+        return after
 
-
-def _constrained(
-    module: PyTree,
-    site: Site,
-    state: SiteState,
-    constraint: AbstractConstraint,
-    *,
-    lazy: bool,
-    certified: bool,
-) -> Any:
-    """What stands in the place of a site's raw weight."""
-    if certified:
-        return certified_site_weight(module, site, state, constraint)
-    weight = follow(module, site.path)
-    scale = constraint.scale(site_norm(module, site, state))
-    layer = follow(module, site.path[:-1])
-    if lazy and scale.ndim == 0 and multiplies_by_weight(layer):
-        return ScaledWeight(weight, scale)
-    return apply_scale(weight, scale)
+    before, structure = jtu.tree_flatten(model, is_leaf=stop)
+    return jtu.tree_unflatten(
+        structure, map(bare, before, structure.flatten_up_to(plain))
+    )
 
 
 def _find_state(
@@ -347,13 +299,13 @@ def _put(
     return args, rest
 
 
-def _is_wrapped(node: Any) -> bool:
-    return isinstance(node, Wrapped)
-
-
 def _is_index(node: Any) -> bool:
     return isinstance(node, eqx.nn.StateIndex)
 
 
 def _is_stateful(module: PyTree) -> bool:
     return any(_is_index(node) for _, node in nodes(module, _is_index))
+
+
+def _is_wrapped(node: Any) -> bool:
+    return isinstance(node, Wrapped)

@@ -174,8 +174,8 @@ def check_gradient_through_wrapped(
     def true_value(weight: np.ndarray) -> float:
         return float(np.sum(weight * cotangent) / norm(weight))
 
-    found = gradient(model).module.weight
-    weight = np.asarray(model.module.weight)
+    found = gradient(model).raw.weight
+    weight = np.asarray(model.raw.weight)
     units = step * np.eye(weight.size).reshape(-1, *weight.shape)
     differences = [true_value(weight + h) - true_value(weight - h) for h in units]
     truth = np.array(differences).reshape(weight.shape) / (2 * step)

@@ -13,6 +13,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, config, PRNGKeyArray, PyTree
 
+import spectrax
+
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
@@ -135,8 +137,11 @@ def linear_weights(model: PyTree) -> list[Array]:
     def is_linear(node: Any) -> bool:
         return isinstance(node, eqx.nn.Linear)
 
+    def raw(weight: Any) -> Any:
+        return weight.weight if isinstance(weight, spectrax.Constrained) else weight
+
     leaves = jtu.tree_leaves(model, is_leaf=is_linear)
-    return [leaf.weight for leaf in leaves if is_linear(leaf)]
+    return [raw(leaf.weight) for leaf in leaves if is_linear(leaf)]
 
 
 def linear_norms(model: PyTree) -> list[float]:

@@ -122,7 +122,7 @@ def run(
         return model, state, opt_state, value
 
     def train_plain(model: Any, opt_state: Any, x: Array, y: Array) -> tuple[Any, ...]:
-        return update(model, opt_state, lambda model: model.module, x, y)
+        return update(model, opt_state, lambda model: model.raw, x, y)
 
     result: dict[str, Any] = {"losses": []}
     programs = {
@@ -147,10 +147,8 @@ def run(
         return [
             jax.lax.with_sharding_constraint(spectrax.singular_value(w, s), replicated)
             for w, s in (
-                (layer.weight, own.estimate)
-                for layer, own in zip(
-                    model.module.layers[:2], state.get(model.memory)[:2], strict=True
-                )
+                (node.weight, state.get(node.memory).vectors)
+                for node in model.weights[:2]
             )
         ]
 

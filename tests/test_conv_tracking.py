@@ -135,7 +135,7 @@ def test_weights_of_a_critic_keep_their_bound_while_it_is_trained(getkey):
         return optimizer.update(gradient, optimizer_state)
 
     rng = np.random.default_rng(0)
-    first = np.asarray(critic.module.small.weight)
+    first = np.asarray(critic.raw.small.weight)
     for count in range(1, 41):
         real = images[rng.integers(len(images), size=8)]
         fake = rng.uniform(size=real.shape).astype(np.float32)
@@ -145,12 +145,12 @@ def test_weights_of_a_critic_keep_their_bound_while_it_is_trained(getkey):
         assert jnp.isfinite(value)
         if count % 5:
             continue
-        for conv, weight in zip(critic.module.convolutions(), used, strict=True):
+        for conv, weight in zip(critic.raw.convolutions(), used, strict=True):
             assert weight.dtype == jnp.float32
             conv = eqx.tree_at(lambda conv: conv.weight, conv, weight)
             norm = supremum_of(conv)
             assert 1 - 1e-5 <= norm <= 1 + 1e-2, f"{conv} after {count}: {norm}"
-    assert np.abs(critic.module.small.weight - first).max() > 1e-2
+    assert np.abs(critic.raw.small.weight - first).max() > 1e-2
 
 
 # Maxima that move.
@@ -424,7 +424,9 @@ def test_stack_of_wrapped_convolutions(getkey):
     convs = make(jr.split(getkey(), 2))
     noise = 0.1 * jr.normal(getkey(), convs.weight.shape, jnp.float32)
     model, state = eqx.nn.make_with_state(spectrax.wrap)(convs)
-    model = eqx.tree_at(lambda model: model.module.weight, model, convs.weight + noise)
+    model = eqx.tree_at(
+        lambda model: model.module.weight.weight, model, convs.weight + noise
+    )
     state = spectrax.advance(model, state)
     together = spectrax.unwrap(model, state).weight
     for i in range(2):

@@ -288,7 +288,7 @@ def test_derivative_through_the_wrapped_layer(getkey):
 @eqx.filter_jit
 def _update(model, state, change):
     model = eqx.tree_at(
-        lambda model: model.module.weight, model, model.module.weight + change
+        lambda model: model.module.weight.weight, model, model.raw.weight + change
     )
     return model, spectrax.advance(model, state)
 

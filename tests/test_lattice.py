@@ -478,7 +478,7 @@ def test_derivative_at_a_zero_kernel_is_zero(getkey):
         return jnp.sum(spectrax.unwrap(model, state).weight)
 
     np.testing.assert_array_equal(spectrax.unwrap(model, state).weight, 0)
-    np.testing.assert_array_equal(gradient(model).module.weight, 0)
+    np.testing.assert_array_equal(gradient(model).raw.weight, 0)
 
 
 # The oracle itself.

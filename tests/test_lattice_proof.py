@@ -452,6 +452,6 @@ def test_unwrap_takes_this_path_for_concrete_weights(monkeypatch):
     assert len(calls) == 1
     assert 0.98 <= norm_of(plain.weight) <= 1
     weight = conv.weight.at[0, 0, 0].set(jnp.nan)
-    model = eqx.tree_at(lambda m: m.module.weight, model, weight)
+    model = eqx.tree_at(lambda m: m.module.weight.weight, model, weight)
     with pytest.raises(Exception, match="no proof was found: it has a NaN"):
         spectrax.unwrap(model, state, certified=True)

@@ -409,7 +409,7 @@ def test_weights_that_are_transformed_again_are_refused(around, getkey):
     # The other weight acts as it is.
     where = lambda net: net["cells"][0].layer.weight_hh  # noqa: E731
     model, _ = eqx.nn.make_with_state(make)()
-    assert len(model.sites) == 1
+    assert len(model.weights) == 1
 
 
 def test_registering_again_replaces(getkey):

@@ -177,7 +177,7 @@ def test_clipped_norms_can_shrink(net, data):
     shrunk, state = train(model, state, data, optimizer, shrink)
     plain = spectrax.unwrap(shrunk, spectrax.advance(shrunk, state))
     assert all(0 < norm < 0.9 for norm in linear_norms(plain))
-    assert eqx.tree_equal(plain, shrunk.module)
+    assert eqx.tree_equal(plain, shrunk.raw)
 
 
 def test_normalized_weights_do_not_feel_their_size(net, data):
@@ -359,7 +359,7 @@ def test_buffers_can_be_donated(net, data):
     carry = start(*wrap(net), optimizer)
     copied = jtu.tree_map(lambda x: x.copy() if eqx.is_array(x) else x, carry)
     x, y = data
-    raw = carry[0].module.first.weight
+    raw = carry[0].raw.first.weight
     for _ in range(3):
         carry = donating(carry, x.copy(), y.copy())
     assert raw.is_deleted()

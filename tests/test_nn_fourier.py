@@ -242,7 +242,7 @@ def test_derivative_through_the_norm(getkey):
     def loss(model):
         return jnp.sum((spectrax.unwrap(model, state)(x) - target) ** 2)
 
-    gradient = eqx.filter_jit(eqx.filter_grad(loss))(model).module.weight
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))(model).raw.weight
     direction = jr.normal(getkey(), layer.weight.shape)
 
     def exactly(weight):

@@ -121,8 +121,8 @@ def test_ready_layers_are_classes(kind, getkey):
     model, state = small(kind, key)
     assert_is_one(model, kind)
     raw = equinox_layer(kind, key)
-    assert type(model.module) is type(raw)
-    assert eqx.tree_equal(model.module, raw)
+    assert type(model.raw) is type(raw)
+    assert eqx.tree_equal(model.raw, raw)
     # The class of Equinox's layer is what is left without the constraint.
     assert type(spectrax.unwrap(model, state)) is type(raw)
 
@@ -136,7 +136,7 @@ def test_ready_layers_keep_their_class(kind, through, getkey):
 def test_a_stack_has_the_weights_of_a_stack(getkey):
     key, kind = getkey(), spectrax.nn.SpectralConv1d
     raw = eqx.filter_vmap(ft.partial(equinox_layer, kind))(jr.split(key, 2))
-    assert eqx.tree_equal(by_vmap(kind, key).module, raw)
+    assert eqx.tree_equal(by_vmap(kind, key).raw, raw)
 
 
 def test_ready_layers_in_the_init_of_a_module(getkey):
@@ -158,7 +158,7 @@ def test_ready_layers_in_the_init_of_a_module(getkey):
     model, state = make(Two, key)
     assert_is_one(model.first, spectrax.nn.SpectralConv2d)
     assert_is_one(model.second, spectrax.nn.SpectralConvTranspose2d)
-    assert eqx.tree_equal(model.first.module, eqx.nn.Conv2d(1, 2, 2, key=key))
+    assert eqx.tree_equal(model.first.raw, eqx.nn.Conv2d(1, 2, 2, key=key))
     state = spectrax.advance(model, state)
     x = jr.normal(key, (1, 4, 4))
     plain = spectrax.unwrap(model, state)
@@ -185,7 +185,7 @@ def test_linear(use_bias, getkey):
     options = {"use_bias": use_bias, "dtype": jnp.float32}
     model, state = make(spectrax.nn.SpectralLinear, 6, 5, **options, **EXACT, key=key)
     raw = eqx.nn.Linear(6, 5, **options, key=key)
-    assert eqx.tree_equal(model.module, raw)
+    assert eqx.tree_equal(model.raw, raw)
     layer = spectrax.unwrap(model, state)
     assert type(layer) is eqx.nn.Linear
     np.testing.assert_allclose(true_norm(layer.weight), BOUND, rtol=1e-6)
@@ -232,7 +232,7 @@ def test_convolution_at_one_input_size(kind, sizes, options, getkey):
     model, state = make(
         kind, *sizes, **options, **EXACT, input_size=input_size, key=key
     )
-    assert eqx.tree_equal(model.module, raw)
+    assert eqx.tree_equal(model.raw, raw)
     layer = spectrax.unwrap(model, state)
     assert_bound(dense(layer, input_size))
     # Scaled, not changed: the same map up to a factor.
@@ -316,7 +316,7 @@ def test_attention_bounds_all_four_projections(getkey):
     key = getkey()
     model, state = attention(key, **_SHAPES)
     raw = eqx.nn.MultiheadAttention(2, 6, **_SHAPES, key=key)
-    assert eqx.tree_equal(model.module, raw)
+    assert eqx.tree_equal(model.raw, raw)
     layer = spectrax.unwrap(model, state)
     assert type(layer) is eqx.nn.MultiheadAttention
     shapes = {"query": (4, 6), "key": (4, 4), "value": (8, 3), "output": (5, 8)}

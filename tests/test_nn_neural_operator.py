@@ -198,9 +198,9 @@ def test_activation_is_used_and_counted(getkey):
 
 def test_estimator_is_used(getkey):
     model = _outline(3, 2, (4,), 2, key=getkey())
-    assert model.network.sites[0].estimator == spectrax.PowerIteration()
+    assert model.network.weights[0].estimator == spectrax.PowerIteration()
     model = _outline(3, 2, (4,), 2, estimator=spectrax.ExactSVD(), key=getkey())
-    assert all(site.estimator == spectrax.ExactSVD() for site in model.network.sites)
+    assert all(w.estimator == spectrax.ExactSVD() for w in model.network.weights)
 
 
 def test_keys_make_different_weights(getkey):

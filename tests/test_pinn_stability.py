@@ -88,7 +88,7 @@ def test_third_derivatives_through_the_norms(example: ModuleType):
         return example.loss(example.solution(network, 3.0), inner, edge)
 
     def truth(weights):
-        network = eqx.combine(weights, static).module
+        network = eqx.combine(weights, static).raw
         for i, bound in enumerate(weights.constraints):
             weight = np.asarray(network.layers[i].weight)
             weight = weight * math.exp(bound.raw) / np.linalg.norm(weight, 2)

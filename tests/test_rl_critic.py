@@ -97,9 +97,9 @@ def test_synchronize_copies_the_constrained_weights(example: ModuleType):
     agents = example.first_agents(
         example.VARIANTS["penultimate"], optimizer, keys=jr.split(jr.key(0), 2)
     )
-    raw = agents.network.module.layers[1].weight
+    raw = agents.network.raw.layers[1].weight
     larger = eqx.tree_at(
-        lambda agents: agents.network.module.layers[1].weight, agents, 3 * raw
+        lambda agents: agents.network.module.layers[1].weight.weight, agents, 3 * raw
     )
     target = example.synchronize(larger).target
     # The vectors in the state are those of the weight before, whatever its scale.
@@ -109,7 +109,7 @@ def test_synchronize_copies_the_constrained_weights(example: ModuleType):
 
 
 def raw_weight(agents, layer: int):
-    return agents.network.module.layers[layer].weight
+    return agents.network.raw.layers[layer].weight
 
 
 def test_memory_keeps_the_last(example: ModuleType, monkeypatch: pytest.MonkeyPatch):

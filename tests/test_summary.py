@@ -47,7 +47,7 @@ def test_an_estimate_that_lags_is_shown_to_lag(getkey):
     table = spectrax.summary(model, state, true_norm=True, enclosure=False)
     plain = spectrax.unwrap(model, state)
     (u,), (v,) = (np.asarray(vectors) for vectors in _vectors(model, state))
-    raw = np.asarray(model.module.first.weight)
+    raw = np.asarray(model.raw.first.weight)
     sigma = u @ raw @ v
     assert table[0].sigma == pytest.approx(sigma, rel=1e-9)
     residual = np.linalg.norm(raw.T @ u - sigma * v) / sigma
@@ -66,7 +66,7 @@ def test_an_estimate_that_lags_is_shown_to_lag(getkey):
 
 
 def _vectors(model: spectrax.Wrapped, state: eqx.nn.State) -> tuple[Array, Array]:
-    power = state.get(model.memory)[0].estimate
+    power = state.get(model.weights[0].memory).vectors
     assert isinstance(power, spectrax.PowerState)
     return power.u, power.v
 
@@ -140,7 +140,7 @@ def test_stacks(getkey):
     paths = [f"['layers'].weight[{i}]" for i in range(3)]
     assert [row.path for row in table] == paths
     assert [line.split()[0] for line in str(table).split("\n")[2:5]] == paths
-    weights = model.module["layers"].weight
+    weights = model.raw["layers"].weight
     for row, weight, bound in zip(table, weights, [0.5, 1, 2], strict=True):
         assert row.shape == (4, 4)
         assert row.sigma == pytest.approx(true_norm(weight), rel=1e-9)
@@ -158,7 +158,7 @@ def test_stacks_of_stacks(getkey):
     table = spectrax.summary(model, state, enclosure=False)
     names = [f"[{i}][{j}]" for i in range(2) for j in range(3)]
     assert [row.path[-6:] for row in table] == names
-    norms = [true_norm(matrix) for matrix in model.module.reshape(6, 4, 4)]
+    norms = [true_norm(matrix) for matrix in model.raw.reshape(6, 4, 4)]
     assert [row.sigma for row in table] == pytest.approx(norms, rel=1e-9)
     assert all(row.residual == 0 for row in table)
 
@@ -213,8 +213,8 @@ def test_layers_of_unknown_arrays(getkey):
     net = {"net": Net(getkey()), "table": jr.normal(getkey(), (4, 4))}
     model, state = wrap(net, where=lambda net: [net["table"], net["net"].first])
     table = spectrax.summary(model, state, enclosure=False)
-    assert [row.layer for row in table] == ["dict", "Linear"]
-    assert [row.path for row in table] == ["['table']", "['net'].first.weight"]
+    assert [row.layer for row in table] == ["Linear", "dict"]
+    assert [row.path for row in table] == ["['net'].first.weight", "['table']"]
     assert table.unconstrained == (("['net'].second.weight", (2, 4)),)
 
 

@@ -297,4 +297,4 @@ def test_one_value_for_each_node(getkey, name):
 def test_where_leaves_the_raw_weights_alone(zoo):
     model, _ = wrap(zoo, where=lambda zoo: zoo.blocks)
     assert eqx.tree_equal(linear_weights(model), linear_weights(zoo))
-    assert eqx.tree_equal(model.module, zoo)
+    assert eqx.tree_equal(model.raw, zoo)

@@ -6,7 +6,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Real
 
 from .._constraints import AbstractConstraint, LearnableBound, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import constrained_parts
+from .._wrap import with_constraints
 from .._wrapped import Wrapped
 
 
@@ -72,10 +72,9 @@ class AdaptiveSpectralNorm(Wrapped):
         key: PRNGKeyArray | None = None,
     ):
         constraint = _bound(initial_bound, maximum, learnable=learnable_bound)
-        parts = constrained_parts(
+        self.module = with_constraints(
             layer, constraint=constraint, estimator=estimator, key=key
         )
-        super().__init__(*parts)
 
 
 def _bound(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
 from .._rules import register_layer
-from .._wrap import constrained_parts
+from .._wrap import with_constraints
 from .._wrapped import Wrapped
 
 
@@ -165,8 +165,9 @@ class SpectralMultiheadAttention(Wrapped):
         )
         if per_head:
             attention = _cut_into_heads(attention)
-        parts = constrained_parts(attention, constraint=constraint, estimator=estimator)
-        super().__init__(*parts)
+        self.module = with_constraints(
+            attention, constraint=constraint, estimator=estimator
+        )
 
 
 def _cut_into_heads(attention: eqx.nn.MultiheadAttention) -> eqx.nn.MultiheadAttention:

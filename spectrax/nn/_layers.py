@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import constrained_parts
+from .._wrap import with_constraints
 from .._wrapped import Wrapped
 
 
@@ -65,8 +65,9 @@ class SpectralLinear(Wrapped):
         key: PRNGKeyArray,
     ):
         layer = eqx.nn.Linear(in_features, out_features, use_bias, dtype, key=key)
-        parts = constrained_parts(layer, constraint=constraint, estimator=estimator)
-        super().__init__(*parts)
+        self.module = with_constraints(
+            layer, constraint=constraint, estimator=estimator
+        )
 
 
 class SpectralConv(Wrapped):
@@ -142,10 +143,9 @@ class SpectralConv(Wrapped):
             dtype,
             key=key,
         )
-        parts = constrained_parts(
+        self.module = with_constraints(
             layer, constraint=constraint, estimator=estimator, input_size=input_size
         )
-        super().__init__(*parts)
 
 
 class SpectralConv1d(SpectralConv):

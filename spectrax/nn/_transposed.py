@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._constraints import AbstractConstraint, Normalize
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import constrained_parts
+from .._wrap import with_constraints
 from .._wrapped import Wrapped
 
 
@@ -66,10 +66,9 @@ class SpectralConvTranspose(Wrapped):
             dtype,
             key=key,
         )
-        parts = constrained_parts(
+        self.module = with_constraints(
             layer, constraint=constraint, estimator=estimator, input_size=input_size
         )
-        super().__init__(*parts)
 
 
 class SpectralConvTranspose1d(SpectralConvTranspose):
