@@ -167,11 +167,11 @@ class LearnableBound(AbstractConstraint):
 
     **Arguments:**
 
-    - `init`: the bound at the start, positive, finite, and below `maximum`.
+    - `bound`: the bound at the start, positive, finite, and below `maximum`.
     - `maximum`: a cap on the bound. `None` for no cap.
 
-    **Raises:** `ValueError` if `init` or `maximum` is not positive and finite, or if
-    `init >= maximum`.
+    **Raises:** `ValueError` if `bound` or `maximum` is not positive and finite, or if
+    `bound >= maximum`.
     """
 
     trainable: ClassVar[bool] = True
@@ -179,24 +179,24 @@ class LearnableBound(AbstractConstraint):
     raw: Float[Array, "*stack"]
     maximum: float | None = eqx.field(static=True)
 
-    def __init__(self, init: _Bound = 1.0, *, maximum: float | None = None):
-        _check_positive(init, "init")
-        initial = jnp.asarray(init, dtype=float)
+    def __init__(self, bound: _Bound = 1.0, *, maximum: float | None = None):
+        _check_positive(bound, "bound")
+        initial = jnp.asarray(bound, dtype=float)
         if maximum is None:
             self.raw = jnp.log(initial)
         else:
             _check_positive(maximum, "maximum")
-            if not np.all(np.asarray(init) < maximum):
+            if not np.all(np.asarray(bound) < maximum):
                 raise ValueError(
-                    f"expected `init` to be below `maximum={maximum}`, got {init}: the "
-                    "bound approaches the maximum but never reaches it."
+                    f"expected `bound` to be below `maximum={maximum}`, got {bound}: it "
+                    "approaches the maximum but never reaches it."
                 )
             self.raw = jnp.log(initial) - jnp.log(maximum - initial)
         self.maximum = maximum
 
     def init(self, sigma: Float[Array, "*stack"]) -> "LearnableBound":
         """With one bound for each weight of the stack."""
-        raw = _stacked(self.raw, sigma, "init")
+        raw = _stacked(self.raw, sigma, "bound")
         return eqx.tree_at(lambda constraint: constraint.raw, self, raw)
 
     def target(self) -> Float[Array, "*stack"]:

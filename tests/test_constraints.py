@@ -255,16 +255,16 @@ def test_learnable_bound_of_a_stack_has_one_for_each_weight():
 
 @pytest.mark.parametrize(("init", "got"), [(3.0, "3.0"), (4.0, "4.0")])
 def test_learnable_bound_must_start_below_the_maximum(init: float, got: str):
-    message = f"expected `init` to be below `maximum=3.0`, got {got}"
+    message = f"expected `bound` to be below `maximum=3.0`, got {got}"
     with pytest.raises(ValueError, match=message):
         spectrax.LearnableBound(init, maximum=3.0)
-    with pytest.raises(ValueError, match="expected `init` to be below `maximum=3.0`"):
+    with pytest.raises(ValueError, match="expected `bound` to be below `maximum=3.0`"):
         spectrax.LearnableBound(np.array([1.0, init]), maximum=3.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_learnable_bounds_that_are_not_positive_and_finite_are_rejected(value: float):
-    with pytest.raises(ValueError, match="expected `init` to be positive and finite"):
+    with pytest.raises(ValueError, match="expected `bound` to be positive and finite"):
         spectrax.LearnableBound(value)
     message = "expected `maximum` to be positive and finite"
     with pytest.raises(ValueError, match=message):

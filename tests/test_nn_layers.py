@@ -503,12 +503,12 @@ def test_adaptive_key_starts_the_vectors(getkey):
         ({"initial_bound": 0.0}, "`bound` to be positive and finite, got 0.0"),
         (
             {"initial_bound": -1.0, "learnable_bound": True},
-            "`init` to be positive and finite, got -1.0",
+            "`bound` to be positive and finite, got -1.0",
         ),
         ({"maximum": 2.0}, "no `maximum` for a fixed bound, got 2.0"),
         (
             {"maximum": 1.0, "learnable_bound": True},
-            "`init` to be below `maximum=1.0`, got 1.0",
+            "`bound` to be below `maximum=1.0`, got 1.0",
         ),
     ],
 )

@@ -949,7 +949,7 @@ def test_bounds_that_are_not_positive(bound):
         spectrax.Normalize(bound)
     with pytest.raises(ValueError, match="expected `bound` " + match):
         spectrax.Clip(bound)
-    with pytest.raises(ValueError, match="expected `init` " + match):
+    with pytest.raises(ValueError, match="expected `bound` " + match):
         spectrax.LearnableBound(bound)
 
 
