@@ -87,7 +87,7 @@ def singular_values(function: Callable[..., Array], shape: tuple[int, ...]) -> A
 # ## 1. Linear layers and convolutions
 #
 # `SpectralLinear` and `SpectralConv2d` take the arguments of `equinox.nn.Linear` and
-# `equinox.nn.Conv2d`. The layer inside, `.module`, has the raw weight; `unwrap` gives
+# `equinox.nn.Conv2d`. The layer with the raw weight is `.raw`; `unwrap` gives
 # it with the normalized one.
 #
 # The norm of a convolution depends on the size of its input. By default the bound holds
@@ -107,20 +107,20 @@ def step_1_layers(settings: Settings) -> Figure:
     make = eqx.nn.make_with_state(spectrax.nn.SpectralLinear)
     linear, state = make(10, 5, estimator=estimator, key=linear_key)
     layers = {
-        "Linear 10 to 5, regular": (linear.module, (10,)),
+        "Linear 10 to 5, regular": (linear.raw, (10,)),
         "Linear, normalized": (spectrax.unwrap(linear, state), (10,)),
     }
 
     make = eqx.nn.make_with_state(spectrax.nn.SpectralConv2d)
     options = {"padding": 1, "estimator": estimator, "key": conv_key}
     conv, state = make(3, 16, 3, **options)
-    layers["Conv2d 3 to 16, regular"] = conv.module, (3, *size)
+    layers["Conv2d 3 to 16, regular"] = conv.raw, (3, *size)
     layers["Conv2d, at every size"] = spectrax.unwrap(conv, state), (3, *size)
     conv, state = make(3, 16, 3, input_size=size, **options)
     name = f"Conv2d, at {size[0]}x{size[1]}"
     layers[name] = spectrax.unwrap(conv, state), (3, *size)
     reshaped, state = spectrax.constrain(
-        conv.module,
+        conv.raw,
         where=lambda conv: conv.weight,
         view=spectrax.flattened_kernel,
         estimator=estimator,
@@ -187,7 +187,7 @@ def step_2_attention(settings: Settings) -> Figure:
         f"{'norm by SVD':<14}{'regular':>10}{'normalized':>12}{'heads, per_head':>22}"
     )
     for name in ("query_proj", "key_proj", "value_proj", "output_proj"):
-        weights = [getattr(m, name).weight for m in (whole.module, plain, plain_cut)]
+        weights = [getattr(m, name).weight for m in (whole.raw, plain, plain_cut)]
         regular, normalized, blocks = (
             np.linalg.norm(np.asarray(w, np.float64), 2, axis=(-2, -1)) for w in weights
         )

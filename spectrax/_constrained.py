@@ -30,7 +30,8 @@ class Constrained(eqx.Module):
 
     What [`spectrax.constrain`][] puts into a model, for [`spectrax.unwrap`][] to take
     out again. How the weight acts is fixed with it, so that nothing is looked up later:
-    a model that was pickled works where its layer types were never registered.
+    a model that was pickled works where its layer types were never registered. `wrap`
+    makes it, with a `key` for the starting vectors.
 
     - `weight`: the raw weight, the leaf that is trained.
     - `constraint`: the constraint if it is trained, as a [`spectrax.LearnableBound`][]

@@ -188,8 +188,8 @@ class LearnableBound(AbstractConstraint):
             _check_positive(maximum, "maximum")
             if not np.all(np.asarray(bound) < maximum):
                 raise ValueError(
-                    f"expected `bound` to be below `maximum={maximum}`, got {bound}: it "
-                    "approaches the maximum but never reaches it."
+                    f"expected `bound` to be below `maximum={maximum}`, got {bound}: "
+                    "it approaches the maximum but never reaches it."
                 )
             self.raw = jnp.log(initial) - jnp.log(maximum - initial)
         self.maximum = maximum

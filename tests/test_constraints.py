@@ -134,17 +134,18 @@ def test_stacks_have_one_bound_for_each_weight(kind: type, bound: Any):
 
 
 @pytest.mark.parametrize(
-    ("constraint", "name"),
+    "constraint",
     [
-        (spectrax.Normalize(np.ones(2)), "bound"),
-        (spectrax.Clip(np.ones(2)), "bound"),
-        (spectrax.LearnableBound(np.ones(2)), "init"),
+        spectrax.Normalize(np.ones(2)),
+        spectrax.Clip(np.ones(2)),
+        spectrax.LearnableBound(np.ones(2)),
     ],
+    ids=str,
 )
 def test_bounds_that_fit_no_stack_are_rejected(
-    constraint: spectrax.AbstractConstraint, name: str
+    constraint: spectrax.AbstractConstraint,
 ):
-    message = rf"expected `{name}` to be .* broadcasts to \(3,\).* got shape \(2,\)"
+    message = r"expected `bound` to be .* broadcasts to \(3,\).* got shape \(2,\)"
     with pytest.raises(ValueError, match=message):
         constraint.init(jnp.ones(3))
 
@@ -344,12 +345,16 @@ def test_every_class_is_abstract_or_final():
         for base in kind.__mro__[1:]
         if base in classes and not is_abstract(base)
     }
-    assert offenders == set()
+    # A ready layer is a `Wrapped` that makes the module in it by itself.
+    assert {base for _, base in offenders} == {spectrax.Wrapped}
+    assert all(kind.__module__.startswith("spectrax.nn.") for kind, _ in offenders)
 
 
 def test_abstract_classes_are_named_so_and_no_others_are():
     for kind in module_classes():
-        assert inspect.isabstract(kind) == is_abstract(kind), kind
+        # Of Equinox's abstract class variables `isabstract` does not know.
+        missing = inspect.isabstract(kind) or bool(kind.__abstractclassvars__)
+        assert missing == is_abstract(kind), kind
 
 
 def test_no_concrete_method_is_overridden():

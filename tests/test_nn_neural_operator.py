@@ -111,14 +111,14 @@ def test_bound_is_attained(getkey):
         network = model.network.module
         attentions = [block.layer.attention for block in network.blocks]
         return (
-            [layer.weight for layer in network.layers]
-            + [attention.query_proj.weight for attention in attentions]
-            + [attention.output_proj.weight for attention in attentions]
+            [layer.weight.weight for layer in network.layers]
+            + [attention.query_proj.weight.weight for attention in attentions]
+            + [attention.output_proj.weight.weight for attention in attentions]
         )
 
     def values(model):
         blocks = model.network.module.blocks
-        return [block.layer.attention.value_proj.weight for block in blocks]
+        return [block.layer.attention.value_proj.weight.weight for block in blocks]
 
     model = eqx.tree_at(weights, model, [jnp.eye(4)] * 7)
     model = eqx.tree_at(values, model, [jnp.eye(4).reshape(2, 2, 4)] * 2)
@@ -145,7 +145,7 @@ def test_without_attention_points_do_not_see_each_other(getkey):
     both = jnp.stack([x, x.at[0].add(1.0)])
     for use_attention in (False, True):
         model, _ = _create(4, 4, (4,), 2, use_attention=use_attention, key=key)
-        plain = model.network.module
+        plain = model.network.raw
         same = np.equal(*eqx.filter_jit(eqx.filter_vmap(plain))(both))
         assert not np.any(same[0])
         assert np.all(same[1:]) != use_attention
@@ -153,7 +153,7 @@ def test_without_attention_points_do_not_see_each_other(getkey):
 
 
 def test_sizes_and_heads(getkey):
-    network = _outline(3, 2, (6, 12), 3, key=getkey()).network.module
+    network = _outline(3, 2, (6, 12), 3, key=getkey()).network.raw
     shapes = [layer.weight.shape for layer in network.layers]
     assert shapes == [(6, 3), (12, 6), (2, 12)]
     values = [block.layer.attention.value_proj.weight.shape for block in network.blocks]

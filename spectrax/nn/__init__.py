@@ -13,7 +13,7 @@ from ._fno import FNO as FNO
 from ._fourier import FourierLayer as FourierLayer
 from ._l2_attention import L2MultiheadAttention as L2MultiheadAttention
 from ._layers import (
-    SpectralConv as SpectralConv,
+    AbstractSpectralConv as AbstractSpectralConv,
     SpectralConv1d as SpectralConv1d,
     SpectralConv2d as SpectralConv2d,
     SpectralConv3d as SpectralConv3d,
@@ -30,7 +30,7 @@ from ._neural_operator import (
 from ._pooling import ScaledPool as ScaledPool
 from ._residual import ResidualAverage as ResidualAverage
 from ._transposed import (
-    SpectralConvTranspose as SpectralConvTranspose,
+    AbstractSpectralConvTranspose as AbstractSpectralConvTranspose,
     SpectralConvTranspose1d as SpectralConvTranspose1d,
     SpectralConvTranspose2d as SpectralConvTranspose2d,
     SpectralConvTranspose3d as SpectralConvTranspose3d,

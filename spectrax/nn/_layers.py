@@ -70,7 +70,7 @@ class SpectralLinear(Wrapped):
         )
 
 
-class SpectralConv(Wrapped):
+class AbstractSpectralConv(Wrapped):
     """A convolution of Equinox whose kernel is constrained: by default divided by the
     norm of the convolution. Abstract: what [`spectrax.nn.SpectralConv1d`][],
     [`spectrax.nn.SpectralConv2d`][] and [`spectrax.nn.SpectralConv3d`][] share.
@@ -148,11 +148,11 @@ class SpectralConv(Wrapped):
         )
 
 
-class SpectralConv1d(SpectralConv):
+class SpectralConv1d(AbstractSpectralConv):
     """`equinox.nn.Conv1d` with a constrained kernel, for inputs
     `[in_channels, length]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConv`][], with `input_size` as
     `(length,)`.
 
     !!! Example
@@ -169,13 +169,15 @@ class SpectralConv1d(SpectralConv):
     """
 
     kind: ClassVar = eqx.nn.Conv1d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConv.__init__
 
 
-class SpectralConv2d(SpectralConv):
+class SpectralConv2d(AbstractSpectralConv):
     """`equinox.nn.Conv2d` with a constrained kernel, for inputs
     `[in_channels, height, width]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConv`][], with `input_size` as
     `(height, width)`.
 
     !!! Example
@@ -192,13 +194,15 @@ class SpectralConv2d(SpectralConv):
     """
 
     kind: ClassVar = eqx.nn.Conv2d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConv.__init__
 
 
-class SpectralConv3d(SpectralConv):
+class SpectralConv3d(AbstractSpectralConv):
     """`equinox.nn.Conv3d` with a constrained kernel, for inputs
     `[in_channels, depth, height, width]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with `input_size` as
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConv`][], with `input_size` as
     `(depth, height, width)`.
 
     !!! Example
@@ -215,3 +219,5 @@ class SpectralConv3d(SpectralConv):
     """
 
     kind: ClassVar = eqx.nn.Conv3d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConv.__init__

@@ -12,7 +12,7 @@ from .._wrap import with_constraints
 from .._wrapped import Wrapped
 
 
-class SpectralConvTranspose(Wrapped):
+class AbstractSpectralConvTranspose(Wrapped):
     """A transposed convolution of Equinox whose kernel is constrained: by default
     divided by the norm of the transposed convolution. Abstract: what
     [`spectrax.nn.SpectralConvTranspose1d`][],
@@ -20,10 +20,10 @@ class SpectralConvTranspose(Wrapped):
     [`spectrax.nn.SpectralConvTranspose3d`][] share.
 
     What is bounded, how it is called, kind, cost and what is raised are as with
-    [`spectrax.nn.SpectralConv`][].
+    [`spectrax.nn.AbstractSpectralConv`][].
 
-    **Arguments:** those of [`spectrax.nn.SpectralConv`][], with one more after `stride`
-    and fewer modes:
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConv`][], with one more after
+    `stride` and fewer modes:
 
     - `output_padding`: added to one side of the output, less than the stride.
     - `padding_mode`: `"ZEROS"` or, with `padding="SAME"`, `"CIRCULAR"`.
@@ -71,12 +71,12 @@ class SpectralConvTranspose(Wrapped):
         )
 
 
-class SpectralConvTranspose1d(SpectralConvTranspose):
+class SpectralConvTranspose1d(AbstractSpectralConvTranspose):
     """`equinox.nn.ConvTranspose1d` with a constrained kernel, for inputs
     `[in_channels, length]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
-    as `(length,)`.
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConvTranspose`][], with
+    `input_size` as `(length,)`.
 
     !!! Example
 
@@ -92,14 +92,16 @@ class SpectralConvTranspose1d(SpectralConvTranspose):
     """
 
     kind: ClassVar = eqx.nn.ConvTranspose1d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConvTranspose.__init__
 
 
-class SpectralConvTranspose2d(SpectralConvTranspose):
+class SpectralConvTranspose2d(AbstractSpectralConvTranspose):
     """`equinox.nn.ConvTranspose2d` with a constrained kernel, for inputs
     `[in_channels, height, width]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
-    as `(height, width)`.
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConvTranspose`][], with
+    `input_size` as `(height, width)`.
 
     !!! Example
 
@@ -115,14 +117,16 @@ class SpectralConvTranspose2d(SpectralConvTranspose):
     """
 
     kind: ClassVar = eqx.nn.ConvTranspose2d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConvTranspose.__init__
 
 
-class SpectralConvTranspose3d(SpectralConvTranspose):
+class SpectralConvTranspose3d(AbstractSpectralConvTranspose):
     """`equinox.nn.ConvTranspose3d` with a constrained kernel, for inputs
     `[in_channels, depth, height, width]`.
 
-    **Arguments:** those of [`spectrax.nn.SpectralConvTranspose`][], with `input_size`
-    as `(depth, height, width)`.
+    **Arguments:** those of [`spectrax.nn.AbstractSpectralConvTranspose`][], with
+    `input_size` as `(depth, height, width)`.
 
     !!! Example
 
@@ -138,3 +142,5 @@ class SpectralConvTranspose3d(SpectralConvTranspose):
     """
 
     kind: ClassVar = eqx.nn.ConvTranspose3d
+    # Said again, as type checkers would take it for a dataclass's.
+    __init__ = AbstractSpectralConvTranspose.__init__
