@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from . import nn as nn
+from . import _certify_kernel as _certify_kernel, nn as nn
 from ._constrained import Constrained as Constrained
 from ._constraints import (
     AbstractConstraint as AbstractConstraint,

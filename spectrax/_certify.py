@@ -9,15 +9,18 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int
 
-from ._certify_kernel import certified_kernels, NO_PROOF
 from ._constraints import AbstractConstraint, apply_scale
 from ._enclosures import check_provable, enclose_norm, in_memory
 from ._norms import stop_gradient
-from ._operators import LatticeConvolution, Operator
+from ._operators import Operator
 from ._tree import over_stack
 
 
 _MAX_ATTEMPTS = 24
+NO_PROOF = (
+    "expected weights whose norm can be proven to be within the bound, got one for "
+    "which no proof was found: it has a NaN or an infinity, or its bound is zero."
+)
 
 
 def certified_weights(
@@ -35,11 +38,41 @@ def certified_weights(
     check_provable(operator)
     target = constraint.target()
     concrete = in_memory(weight) and in_memory(target)
-    if concrete and isinstance(operator, LatticeConvolution):
-        return certified_kernels(view, depth, weight, constraint)
+    if concrete:
+        found = certified_in_memory(operator, view, depth, weight, constraint)
+        if found is not None:
+            return found
     scale = constraint.scale(norm())
     bound = jnp.broadcast_to(target, scale.shape)
     return _certified(view, depth, weight, scale, bound)
+
+
+@ft.singledispatch
+def certified_in_memory(
+    operator: Operator,
+    build: Callable[[Array], Operator],
+    depth: int,
+    weight: Inexact[Array, "..."],
+    constraint: AbstractConstraint,
+) -> Inexact[Array, "..."] | None:
+    """A stack of weights, scaled such that each as it is stored has a norm of at most
+    its bound, if there is a way that needs no compilation.
+
+    **Arguments:**
+
+    - `operator`: of the kind that the weights are seen as; its arrays are abstract. By
+        default there is no such way.
+    - `build`: makes an operator of one weight.
+    - `depth`: how many axes the stack has.
+    - `weight`: the stack, concrete.
+    - `constraint`: with the bound, concrete.
+
+    **Returns:** the scaled stack, or `None`.
+
+    **Raises:** `RuntimeError` if no proof is found.
+    """
+    del operator, build, depth, weight, constraint
+    return None
 
 
 @eqx.filter_jit

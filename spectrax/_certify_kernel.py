@@ -19,20 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
+from ._certify import certified_in_memory, NO_PROOF
 from ._constraints import AbstractConstraint
 from ._enclosures import enclose_kernel, in_float64, proves_kernel_below
 from ._operators import LatticeConvolution, Operator
 
 
-NO_PROOF = (
-    "expected weights whose norm can be proven to be within the bound, got one for "
-    "which no proof was found: it has a NaN or an infinity, or its bound is zero."
-)
 _MOST_ATTEMPTS = 24
 _WIDTH = 1e-2
 # Where rounding may do more than this, the stored kernel is proven by itself.
 _ROUGH = 1e-3
 _UNIT = 2.0**-53
+
+
+@certified_in_memory.register
+def _(
+    operator: LatticeConvolution,
+    build: Callable[[Array], Operator],
+    depth: int,
+    weight: Inexact[Array, "..."],
+    constraint: AbstractConstraint,
+) -> Inexact[Array, "..."]:
+    del operator
+    return certified_kernels(build, depth, weight, constraint)
 
 
 def certified_kernels(

@@ -8,26 +8,16 @@ from typing import Any, overload
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 import numpy as np
 from jaxtyping import PyTree
 
 from ._constrained import Constrained, is_constrained
 from ._constraints import apply_scale
 from ._enclosures import enclose_norm
-from ._norms import (
-    init_power_state,
-    searched_norm,
-    singular_value,
-    spectral_norm,
-)
-from ._operators import LatticeConvolution, mode_matrices, Operator
+from ._norms import current_norm, reference_norm
 from ._select import search_weights
 from ._tree import as_path, follow, nodes, path_string
 from ._wrapped import without_wrappers
-
-
-_LARGEST_DENSE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,13 +217,15 @@ def _rows(
                 layer=layer,
                 shape=node.weight.shape[node.stack_ndim :],
                 sigma=float(sigma[index]),
-                norm=_norm_now(operator, float(jnp.abs(sigma[index]) * scale[index])),
+                norm=current_norm(
+                    operator, float(jnp.abs(sigma[index]) * scale[index])
+                ),
                 bound=float(bound[index]),
                 residual=float(residual[index]),
                 kind=node.estimator.kind,
                 lower=None if box is None else float(box.lower),
                 upper=None if box is None else float(box.upper),
-                true_norm=_true_norm(operator) if with_truth else None,
+                true_norm=reference_norm(operator) if with_truth else None,
             )
         )
     return rows
@@ -250,26 +242,6 @@ def _rounded(value: float | None, direction: Callable[[float], int]) -> str:
 def _at(stack: PyTree, index: tuple[int, ...]) -> PyTree:
     """One element of a stack of pytrees."""
     return jtu.tree_map(lambda x: x[index] if eqx.is_array(x) else x, stack)
-
-
-def _norm_now(operator: Operator, estimate: float) -> float:
-    """The estimate, or what is found when every frequency is looked at, if larger."""
-    if not isinstance(operator, LatticeConvolution):
-        return estimate
-    found = float(singular_value(operator, init_power_state(operator)))
-    return found if math.isnan(found) else max(found, estimate)
-
-
-def _true_norm(operator: Operator) -> float:
-    if isinstance(operator, LatticeConvolution):
-        return searched_norm(operator)
-    matrices = mode_matrices(operator)
-    if matrices is None:
-        if operator.in_size() * operator.out_size() > _LARGEST_DENSE:
-            return float(spectral_norm(operator))
-        matrices = lx.materialise(operator).as_matrix()[None]
-    wide = np.complex128 if jnp.iscomplexobj(matrices) else np.float64
-    return float(np.linalg.norm(np.asarray(matrices, wide), 2, axis=(1, 2)).max())
 
 
 def _unconstrained(model: PyTree) -> list[tuple[str, tuple[int, ...]]]:

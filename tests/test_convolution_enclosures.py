@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 
 import spectrax
-from spectrax._enclosures import _enclose
+from spectrax._enclosures import _one_size
 from spectrax._enclosures._convolution import enclose_correlation
 from spectrax._enclosures._correlation import stretch, written_out
-from spectrax._enclosures._geometry import (
-    correlation_axes,
-    correlation_kernel,
-    grid_of,
-)
+from spectrax._enclosures._geometry import grid_of
+from spectrax._operators import Axis, Convolution
+from spectrax._operators._views import convolution_axes, convolution_transpose_axes
 
 from .convolutions import Case, case, dense, norm_at, supremum_of, symbol_norms
 from .helpers import examples, true_norm
@@ -47,8 +45,8 @@ def single() -> Iterator[None]:
 def grid_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is written out as a matrix."""
     jax.clear_caches()
-    monkeypatch.setattr(_enclose, "_MOST_ENTRIES_WITH_ZEROS", 0)
-    monkeypatch.setattr(_enclose, "_MOST_ENTRIES_OTHERWISE", 0)
+    monkeypatch.setattr(_one_size, "_MOST_ENTRIES_WITH_ZEROS", 0)
+    monkeypatch.setattr(_one_size, "_MOST_ENTRIES_OTHERWISE", 0)
     yield
     jax.clear_caches()
 
@@ -126,6 +124,18 @@ def by_definition(
     return matrix.reshape(out * math.prod(out_size), columns), out_size
 
 
+def axes_of(layer: Any, size: tuple[int, ...]) -> tuple[Axis, ...]:
+    if isinstance(layer, eqx.nn.ConvTranspose):
+        return convolution_transpose_axes(layer, size)
+    return convolution_axes(layer, size)
+
+
+def at_size(layer: Any, size: tuple[int, ...]) -> Convolution:
+    operator = spectrax.layer_operator(layer, input_size=size)
+    assert isinstance(operator, Convolution)
+    return operator
+
+
 def draw_weight(shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     signs = (-1.0) ** np.indices(shape)[2:].sum(axis=0)
@@ -178,9 +188,9 @@ def abstract(config: Case) -> Any:
     return eqx.filter_eval_shape(config.make, jr.key(0))
 
 
-def grid_bounds(layer: Any, weight: np.ndarray, size: Any, out_size: Any) -> list:
+def grid_bounds(layer: Any, weight: np.ndarray, size: Any) -> list:
     """The largest symbol on each of the grids, times the factor."""
-    grid, factor = grid_of(correlation_axes(layer, size, out_size))
+    grid, factor = grid_of(axes_of(layer, size))
     found = []
     for grid_ in [grid.even(), *grid.all_shifts()]:
         points = grid_.halves(symmetric=False) * np.pi / np.array(grid_.count)
@@ -207,8 +217,11 @@ def test_grid_bounds_the_matrix(drawn, kind, seed):
     weight = draw_weight(layer.weight.shape, kind, seed)
     matrix, out_size = by_definition(layer, weight, size)
     hypothesis.assume(0 not in out_size)
+    axes = axes_of(layer, size)
+    outputs = [axis.size if config.transpose else axis.outputs for axis in axes]
+    assert tuple(outputs) == out_size
     truth = true_norm(matrix)
-    bound = min(grid_bounds(layer, weight, size, out_size))
+    bound = min(grid_bounds(layer, weight, size))
     assert truth <= bound * (1 + SLACK), (str(config), size, truth, bound)
 
 
@@ -229,21 +242,21 @@ def test_grid_is_exact_for_circular_padding(
     hypothesis.assume(dilation * (taps - 1) + 1 >= stride or not transpose)
     layer = abstract(config)
     weight = draw_weight(layer.weight.shape, kind, seed)
-    matrix, out_size = by_definition(layer, weight, size)
-    bound = min(grid_bounds(layer, weight, size, out_size))
+    matrix, _ = by_definition(layer, weight, size)
+    bound = min(grid_bounds(layer, weight, size))
     np.testing.assert_allclose(true_norm(matrix), bound, rtol=1e-10, atol=1e-12)
 
 
 def test_frequencies_of_the_input_do_not_bound_zero_padding():
     weight = np.array([[[-1.0, 2, -1]]])
     layer = abstract(case(1, 1, (3,), [], padding=1))
-    matrix, out_size = by_definition(layer, weight, (3,))
+    matrix, _ = by_definition(layer, weight, (3,))
     truth = true_norm(matrix)
     assert truth == pytest.approx(2 + math.sqrt(2), rel=1e-12)
     plain = {"stride": (1,), "dilation": (1,), "groups": 1, "transpose": False}
     circular = 2 * np.pi * np.arange(3)[:, None] / 3
     assert symbol_norms(weight, circular, **plain).max() == pytest.approx(3)
-    bounds = grid_bounds(layer, weight, (3,), out_size)
+    bounds = grid_bounds(layer, weight, (3,))
     assert truth <= min(bounds) <= 1.1 * truth
 
 
@@ -251,7 +264,7 @@ def test_frequencies_of_the_input_do_not_bound_zero_padding():
 LAYERS = [
     (case(2, 3, (3,), [], padding=1), (7,)),
     (case(2, 1, (4,), [], padding="SAME", stride=2), (5,)),
-    (case(1, 2, (5,), [], padding=((4, 1),), dilation=2), (3,)),
+    (case(1, 2, (5,), [], padding=((4, 1),), dilation=2), (4,)),
     (case(2, 2, (3,), [], padding=2, padding_mode="circular", stride=2), (5,)),
     (case(4, 2, (3,), [], padding=2, padding_mode="reflect", groups=2), (4,)),
     (case(1, 2, (2,), [], padding=((3, 1),), padding_mode="replicate"), (2,)),
@@ -283,8 +296,8 @@ def test_written_out(config, size, getkey):
     layer = config.make(getkey())
     transposed = config.transpose
     truth, out_size = by_definition(layer, layer.weight, size)
-    axes = correlation_axes(layer, size, out_size)
-    kernel = correlation_kernel(layer)
+    operator = at_size(layer, size)
+    axes, kernel = operator.axes, operator.kernel()
     matrix, error = eqx.filter_jit(written_out)(kernel, axes)
     difference = np.linalg.norm((matrix.T if transposed else matrix) - truth)
     assert difference <= error
@@ -311,12 +324,13 @@ def test_written_out_complex(getkey):
     real, imag = jr.normal(getkey(), (2, *layer.weight.shape))
     weight = jax.lax.complex(real, imag)
     layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
-    truth, out_size = by_definition(layer, weight, (3,))
-    axes = correlation_axes(layer, (3,), out_size)
-    matrix, error = eqx.filter_jit(written_out)(correlation_kernel(layer), axes)
+    truth, _ = by_definition(layer, weight, (3,))
+    operator = at_size(layer, (3,))
+    axes, kernel = operator.axes, operator.kernel()
+    matrix, error = eqx.filter_jit(written_out)(kernel, axes)
     assert np.linalg.norm(matrix - truth) <= error <= 1e-12
     vector = jnp.asarray(np.linalg.svd(truth)[2][0].conj()).reshape(2, 3)
-    length = eqx.filter_jit(stretch)(correlation_kernel(layer), axes, vector)
+    length = eqx.filter_jit(stretch)(kernel, axes, vector)
     assert true_norm(truth) * (1 - 1e-6) <= length <= true_norm(truth) * (1 + SLACK)
 
 
@@ -363,11 +377,10 @@ def enclose_all(
 
 def bound_all(layer: Any, weights: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """The upper bounds by the grid alone."""
-    _, out_size = by_definition(layer, np.zeros(layer.weight.shape), size)
-    axes = correlation_axes(layer, size, out_size)
 
     def bound(weight: jax.Array) -> jax.Array:
-        return enclose_correlation(_enclose._folded(given(layer, weight)), axes)
+        operator = at_size(given(layer, weight), size)
+        return enclose_correlation(operator.on_lattice(), operator.axes)
 
     found = jax.jit(ft.partial(jax.lax.map, bound))(jnp.asarray(weights))
     return np.asarray(found)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import spectrax
+import spectrax.internal
 
 from .scripts import ordinary_settings
 
@@ -33,7 +34,11 @@ def public(package: ModuleType, prefix: str = "") -> dict[str, Any]:
     }
 
 
-PUBLIC = public(spectrax) | public(spectrax.nn, "nn.")
+PUBLIC = (
+    public(spectrax)
+    | public(spectrax.nn, "nn.")
+    | public(spectrax.internal, "internal.")
+)
 NAMES = list(PUBLIC)
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(PUBLIC[name])]
 CLASSES = [name for name in NAMES if inspect.isclass(PUBLIC[name])]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import spectrax
-from spectrax import _certify, _certify_kernel
+from spectrax import _certify_kernel
 from spectrax._certify_kernel import certified_kernels
 from spectrax._enclosures import _lattice_proof
 from spectrax._enclosures._cells import Cells, cover
@@ -444,7 +444,7 @@ def test_unwrap_takes_this_path_for_concrete_weights(monkeypatch):
     model, state = eqx.nn.make_with_state(spectrax.wrap)(conv)
     calls = []
     monkeypatch.setattr(
-        _certify,
+        _certify_kernel,
         "certified_kernels",
         lambda *args: calls.append(args) or certified_kernels(*args),
     )

@@ -34,7 +34,7 @@ def weights(model):
     have them: matrices, and those of each frequency."""
     network = model.network.module
     linear = [network.lifting, network.hidden, network.projection]
-    blocks = [spectrax.layer_operator(block).fn.matrices() for block in network.blocks]
+    blocks = [spectrax.layer_operator(block).matrices() for block in network.blocks]
     return [layer.weight[None] for layer in linear] + blocks
 
 

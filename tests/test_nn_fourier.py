@@ -71,7 +71,7 @@ def by_hand(layer, x):
 
 @eqx.filter_jit
 def symbol(layer):
-    return spectrax.layer_operator(layer).fn.matrices()
+    return spectrax.layer_operator(layer).matrices()
 
 
 def symbol_norm(layer):
@@ -314,7 +314,7 @@ def test_norm_is_tracked_while_training(getkey):
         def gradient(model):
             return jnp.sum((spectrax.unwrap(model, state)(x) - y) ** 2)
 
-        matrices = spectrax.layer_operator(spectrax.unwrap(model, state)).fn.matrices()
+        matrices = spectrax.layer_operator(spectrax.unwrap(model, state)).matrices()
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it
             updates, opt_state = optimizer.update(gradient(model), opt_state)
         return eqx.apply_updates(model, updates), state, opt_state, matrices

@@ -6,10 +6,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from .._operators import LatticeConvolution
+from .._operators import Axis, LatticeConvolution
 from ._dense import rayleigh_lower
 from ._ends import Ends, largest
-from ._geometry import Axis, grid_of
+from ._geometry import grid_of
 from ._gram import gram_iteration, real_form
 from ._rounding import any_nonzero, down, flushed_below, up
 from ._symbols import correlate, Grid, squared_symbols, SquaredSymbols

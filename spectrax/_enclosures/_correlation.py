@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Inexact
 
 from .._dtypes import widest
 from .._norms._rows import matmul
+from .._operators import Axis
 from ._ends import Ends
-from ._geometry import Axis
 from ._products import product
 from ._rounding import (
     down,

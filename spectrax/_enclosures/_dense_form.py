@@ -9,8 +9,6 @@ import lineax as lx
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import LinearOperator
-from ._correlation import written_out
-from ._geometry import axes_of, correlation_kernel
 from ._products import product
 from ._rounding import (
     flushed_below,
@@ -30,6 +28,9 @@ MOST_ENTRIES = 2**22
 class DenseForm(eqx.Module):
     """A real matrix, and a bound in Frobenius norm on what it is off by. That of a
     complex operator is `[[X, -Y], [Y, X]]`, of the same norm.
+
+    - `matrix`: in float64 if that is enabled, in float32 otherwise.
+    - `error`: the bound, zero if the matrix is exact.
     """
 
     matrix: Float[Array, "rows columns"]
@@ -38,38 +39,32 @@ class DenseForm(eqx.Module):
 
 @ft.singledispatch
 def dense_form(operator: LinearOperator) -> DenseForm | None:
-    """The operator written out, or `None` if that is not known to be rigorous."""
+    """The operator written out, with a bound on what that is off by.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default `None`, as what a product rounds is not known.
+
+    **Returns:** a [`spectrax.internal.DenseForm`][], or `None` if that is not known to
+    be rigorous, or too large.
+
+    **Raises:** nothing.
+    """
     del operator
     return None
 
 
-@dense_form.register(lx.MatrixLinearOperator)
+@dense_form.register
+def _(operator: lx.MatrixLinearOperator) -> DenseForm:
+    return exact_form(operator.matrix)
+
+
 @dense_form.register(lx.TridiagonalLinearOperator)
 @dense_form.register(lx.PyTreeLinearOperator)
 @dense_form.register(lx.DiagonalLinearOperator)
 @dense_form.register(lx.IdentityLinearOperator)
 def _(operator: LinearOperator) -> DenseForm | None:
-    if isinstance(operator, lx.MatrixLinearOperator):
-        return exact_form(operator.matrix)
-    return exact_form(operator.as_matrix()) if _is_small(operator) else None
-
-
-@dense_form.register
-def _(operator: lx.FunctionLinearOperator) -> DenseForm | None:
-    layer = operator.fn
-    is_convolution = isinstance(layer, eqx.nn.Conv | eqx.nn.ConvTranspose)
-    if not is_convolution or not _is_small(operator):
-        return None
-    axes = axes_of(layer, operator)
-    matrix, error = written_out(correlation_kernel(layer), axes)
-    if isinstance(layer, eqx.nn.ConvTranspose):
-        matrix = matrix.T
-    # Subnormal taps may be lost before they are entries, up to one of each in a sum.
-    lost = math.sqrt(2 * matrix.size) * layer.weight[0, 0].size
-    lost = lost * flushed_below(layer.weight.dtype)
-    # The real form of a complex matrix has its error twice.
-    error = up(1.5 * error + jnp.asarray(lost, error.dtype)) + exact_form(matrix).error
-    return DenseForm(as_real(matrix), error)
+    return exact_form(operator.as_matrix()) if is_small(operator) else None
 
 
 @dense_form.register
@@ -89,6 +84,8 @@ def _(operator: lx.AddLinearOperator) -> DenseForm | None:
     if forms is None:
         return None
     a, b = forms
+    if a.matrix.shape != b.matrix.shape:
+        return None
     total = a.matrix + b.matrix
     rounding = 2 * unit_roundoff(total.dtype) * _length(total)
     return DenseForm(total, up(a.error + b.error + rounding))
@@ -100,6 +97,8 @@ def _(operator: lx.ComposedLinearOperator) -> DenseForm | None:
     if forms is None:
         return None
     a, b = forms
+    if a.matrix.shape[1] != b.matrix.shape[0]:
+        return None
     a_scale, b_scale = _scale(a.matrix), _scale(b.matrix)
     value, error = product(a.matrix / a_scale, b.matrix / b_scale)
     spread = a.error * _length(b.matrix) + _length(a.matrix) * b.error
@@ -126,24 +125,21 @@ def as_real(matrix: Inexact[Array, "m n"]) -> Float[Array, "_ _"]:
     return jnp.block([[real, -imag], [imag, real]])
 
 
-def _is_small(operator: LinearOperator) -> bool:
+def is_small(operator: LinearOperator) -> bool:
+    """Whether it may be written out unasked."""
     return operator.in_size() * operator.out_size() <= MOST_ENTRIES
 
 
 def _both(
     operator: lx.AddLinearOperator | lx.ComposedLinearOperator,
 ) -> tuple[DenseForm, DenseForm] | None:
-    """Of both parts, if they are known, small, and both real or both complex."""
-    if not _is_small(operator):
+    """Of both parts, if they are known and small. If one is real and the other complex
+    they do not fit.
+    """
+    if not is_small(operator):
         return None
     a, b = dense_form(operator.operator1), dense_form(operator.operator2)
-    if a is None or b is None:
-        return None
-    if isinstance(operator, lx.AddLinearOperator):
-        fits = a.matrix.shape == b.matrix.shape
-    else:
-        fits = a.matrix.shape[1] == b.matrix.shape[0]
-    return (a, b) if fits else None
+    return None if a is None or b is None else (a, b)
 
 
 def _scale(matrix: Float[Array, "m n"]) -> Float[Array, ""]:

@@ -1,14 +1,15 @@
 """How far a weight has moved: a cheap bound on the norm of a difference."""
 
+import functools as ft
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._operators import FourierMultiplier, LatticeConvolution, Operator
+from .._operators import Operator
 from ._dense_form import as_real
-from ._geometry import axes_of, grid_of
 from ._rounding import (
     any_nonzero,
     flushed_below,
@@ -29,33 +30,44 @@ def drift_bound(operator: Operator, reference: PyTree[Array]) -> Float[Array, ""
     now = jtu.tree_leaves(arrays_of(operator))
     before = jtu.tree_leaves(reference)
     moves = [_distance(a, b) for a, b in zip(now, before, strict=True)]
-    factor = _factor(operator)
+    factor = perturbation_factor(operator)
     if factor is None:
         # Nothing is known of how the operator depends on its arrays.
         moved = jnp.stack(moves) > 0
         return jnp.where(jnp.any(moved), jnp.inf, 0.0).astype(working_dtype())
-    (move,) = moves
+    move = ft.reduce(lambda a, b: up(a + b), moves)
     return jnp.where(move > 0, up(move * factor), 0)
 
 
-def _factor(operator: Operator) -> float | None:
-    """The norm is at most so many times the Frobenius norm of the one array."""
-    if isinstance(operator, lx.MatrixLinearOperator):
-        return 1.0
-    if isinstance(operator, LatticeConvolution):
-        # The symbol is a sum of one matrix for each tap.
-        return operator.gain * _root(operator.kernel[0, 0, 0].size)
-    function = getattr(operator, "fn", None)
-    if isinstance(function, FourierMultiplier):
-        return 1.0
-    if isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose):
-        return grid_of(axes_of(function, operator))[1] * _root(
-            function.weight[0, 0].size
-        )
+@ft.singledispatch
+def perturbation_factor(operator: Operator) -> float | None:
+    """How far a change of an operator's arrays moves it: if they change by `d` in
+    Frobenius norm (of several, the sum), the norm of the change is at most so many
+    times `d`.
+
+    **Kind:** an upper bound, rounding included.
+
+    **Arguments:**
+
+    - `operator`: of any kind; it has to be linear in its arrays. By default nothing is
+        known.
+
+    **Returns:** the factor, or `None` where there is none or none is known.
+
+    **Raises:** nothing.
+    """
+    del operator
     return None
 
 
-def _root(count: int) -> float:
+@perturbation_factor.register
+def _(operator: lx.MatrixLinearOperator) -> float:
+    del operator
+    return 1.0
+
+
+def root_up(count: int) -> float:
+    """Of a count, at least."""
     return count**0.5 * (1 + 1e-12)
 
 

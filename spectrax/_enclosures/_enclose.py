@@ -5,8 +5,6 @@ import functools as ft
 import math
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
@@ -15,21 +13,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._custom_types import LinearOperator
 from .._dtypes import widest
 from .._norms._golub_kahan import leading_triplets, Triplets
-from .._operators import (
-    apply_rows,
-    convolution_operator,
-    convolution_transpose_operator,
-    FourierMultiplier,
-    LatticeConvolution,
-    Operator,
-    unpack_rows,
-)
-from ._convolution import enclose_correlation, enclose_lattice, MOST_POINTS
-from ._correlation import correlation, stretch
+from .._operators import apply_rows, Operator
 from ._dense import enclose_matrix
 from ._dense_form import dense_form
-from ._ends import Ends, intersection, largest
-from ._geometry import axes_of, correlation_kernel, grid_of
+from ._ends import Ends, intersection
 from ._rounding import (
     any_nonzero,
     down,
@@ -44,23 +31,18 @@ from ._rounding import (
 )
 
 
-_KNOWN_FUNCTIONS = eqx.nn.Conv | eqx.nn.ConvTranspose | FourierMultiplier
-_TRANSPARENT = (
-    lx.TaggedLinearOperator
-    | lx.NegLinearOperator
-    | lx.MulLinearOperator
-    | lx.DivLinearOperator
-)
 _BASIS_SIZE = 32
-# Convolutions of no more entries are written out as well. Other paddings than zeros,
-# and strides, have looser bounds otherwise.
-_MOST_ENTRIES_WITH_ZEROS = 2**16
-_MOST_ENTRIES_OTHERWISE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How narrow the enclosure is wanted, and what may be done for it."""
+    """How narrow an enclosure is wanted, and what may be done for it.
+
+    - `key`: randomness of the starting vectors.
+    - `rtol`: the width asked for, `(upper - lower) / upper`.
+    - `max_steps`: the most attempts at a proof.
+    - `materialise`: whether to write out operators of which only products are known.
+    """
 
     key: PRNGKeyArray
     rtol: float
@@ -70,7 +52,7 @@ class Effort:
 
 def check_provable(operator: Operator) -> None:
     """Raises if no upper bound on the operator's norm can be proven."""
-    if not _provable(operator):
+    if not is_provable(operator):
         raise ValueError(
             "expected an operator whose norm can be bounded from above: a matrix, a "
             "convolution, a Fourier multiplier, or a sum or product of such; got "
@@ -79,37 +61,82 @@ def check_provable(operator: Operator) -> None:
         )
 
 
-def _provable(operator: Operator) -> bool:
-    if isinstance(operator, lx.AddLinearOperator | lx.ComposedLinearOperator):
-        return _provable(operator.operator1) and _provable(operator.operator2)
-    if isinstance(operator, _TRANSPARENT):
-        return _provable(operator.operator)
-    if isinstance(operator, lx.FunctionLinearOperator):
-        return isinstance(operator.fn, _KNOWN_FUNCTIONS)
+@ft.singledispatch
+def is_provable(operator: Operator) -> bool:
+    """Whether an upper bound on the norm can be proven.
+
+    **Arguments:**
+
+    - `operator`: of any kind; its arrays may be abstract. By default: if its class has
+        an `enclose` of its own.
+
+    **Returns:** `False` where [`spectrax.enclose_norm`][] has an infinite `upper`.
+
+    **Raises:** nothing.
+    """
     return enclose.dispatch(type(operator)) is not enclose.dispatch(object)
 
 
+@is_provable.register(lx.AddLinearOperator)
+@is_provable.register(lx.ComposedLinearOperator)
+def _(operator: lx.AddLinearOperator | lx.ComposedLinearOperator) -> bool:
+    return is_provable(operator.operator1) and is_provable(operator.operator2)
+
+
+@is_provable.register(lx.TaggedLinearOperator)
+@is_provable.register(lx.NegLinearOperator)
+@is_provable.register(lx.MulLinearOperator)
+@is_provable.register(lx.DivLinearOperator)
+def _(operator: Any) -> bool:
+    return is_provable(operator.operator)
+
+
 @ft.singledispatch
-def enclose(operator: Operator, effort: Effort) -> Ends:
-    """Both ends. Here for operators of which nothing is known but their products."""
-    assert isinstance(operator, lx.AbstractLinearOperator)
+def default_width(operator: Operator) -> float:
+    """The width `(upper - lower) / upper` that [`spectrax.enclose_norm`][] asks for if
+    it is not told.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default 1e-3, or 2e-5 if float64 is enabled.
+
+    **Returns:** a positive number.
+
+    **Raises:** nothing.
+    """
+    del operator
+    return 2e-5 if working_dtype() == jnp.float64 else 1e-3
+
+
+@ft.singledispatch
+def enclose(operator: LinearOperator, effort: Effort) -> Ends:
+    """Both ends of the norm, as [`spectrax.enclose_norm`][] returns them.
+
+    **Kind:** a lower and an upper bound, rounding included.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default a lower bound only, `upper` being infinite,
+        unless the operator is to be materialised.
+    - `effort`: how narrow the enclosure is wanted, and what may be done for it.
+
+    **Returns:** [`spectrax.internal.Ends`][] in float64 if that is enabled, in float32
+    otherwise.
+
+    **Raises:** nothing; the operator has been looked at.
+    """
     return _enclose_unknown(operator, effort)
 
 
 @enclose.register
-def _(operator: LatticeConvolution, effort: Effort) -> Ends:
-    return enclose_lattice(operator, rtol=effort.rtol)
-
-
-@enclose.register
 def _(operator: lx.MatrixLinearOperator, effort: Effort) -> Ends:
-    return _enclose_matrix(operator.matrix, 0.0, effort)
+    return enclose_dense(operator.matrix, 0.0, effort)
 
 
 @enclose.register(lx.PyTreeLinearOperator)
 @enclose.register(lx.TridiagonalLinearOperator)
 def _(operator: LinearOperator, effort: Effort) -> Ends:
-    return _enclose_matrix(operator.as_matrix(), 0.0, effort)
+    return enclose_dense(operator.as_matrix(), 0.0, effort)
 
 
 @enclose.register
@@ -164,31 +191,19 @@ def _(operator: lx.AddLinearOperator, effort: Effort) -> Ends:
     a, b = enclose(operator.operator1, effort), enclose(operator.operator2, effort)
     apart = jnp.maximum(a.lower - b.upper, b.lower - a.upper)
     sum_of_both = Ends(jnp.maximum(_finite(down(apart)), 0), up(a.upper + b.upper))
-    return _with_dense_form(operator, sum_of_both, effort)
+    return with_dense_form(operator, sum_of_both, effort)
 
 
 @enclose.register
 def _(operator: lx.ComposedLinearOperator, effort: Effort) -> Ends:
     a, b = enclose(operator.operator1, effort), enclose(operator.operator2, effort)
     both = Ends(jnp.zeros_like(a.lower), a.times(b.upper).upper)
-    return _with_dense_form(operator, both, effort)
-
-
-@enclose.register
-def _(operator: lx.FunctionLinearOperator, effort: Effort) -> Ends:
-    function = operator.fn
-    if isinstance(function, FourierMultiplier):
-        modes = function.matrices()
-        ends = jax.vmap(lambda mode: _enclose_matrix(mode, 0.0, effort))(modes)
-        return largest(ends)
-    if isinstance(function, eqx.nn.Conv | eqx.nn.ConvTranspose):
-        return _enclose_convolution(operator, function, effort)
-    return _enclose_unknown(operator, effort)
+    return with_dense_form(operator, both, effort)
 
 
 def _enclose_unknown(operator: LinearOperator, effort: Effort) -> Ends:
     if effort.materialise:
-        return _enclose_matrix(operator.as_matrix(), 0.0, effort)
+        return enclose_dense(operator.as_matrix(), 0.0, effort)
     return _stretch_only(operator, effort)
 
 
@@ -208,9 +223,10 @@ def _largest_entry(leaves: list[Array]) -> Ends:
     return Ends(jnp.where(finite, lower, jnp.nan), jnp.where(finite, upper, jnp.nan))
 
 
-def _enclose_matrix(
+def enclose_dense(
     matrix: Array, error: Float[Array, ""] | float, effort: Effort
 ) -> Ends:
+    """Of a real matrix that is off by no more than `error` in Frobenius norm."""
     # The default width for convolutions is not what a matrix has to be content with.
     rtol = min(effort.rtol, 1e-3)
     return enclose_matrix(
@@ -218,54 +234,20 @@ def _enclose_matrix(
     )
 
 
-def _with_dense_form(operator: LinearOperator, ends: Ends, effort: Effort) -> Ends:
+def with_dense_form(operator: LinearOperator, ends: Ends, effort: Effort) -> Ends:
     """The better of the given ends and of those of the operator written out."""
     form = dense_form(operator)
     if form is None:
         return ends
-    found = _enclose_matrix(form.matrix, form.error, effort)
+    found = enclose_dense(form.matrix, form.error, effort)
     # What overflows when it is written out says nothing.
     known = jnp.isfinite(found.upper)
     upper = jnp.where(known, found.upper, jnp.inf)
     return intersection([ends, Ends(jnp.where(known, found.lower, 0), upper)])
 
 
-def _enclose_convolution(
-    operator: lx.FunctionLinearOperator,
-    layer: eqx.nn.Conv | eqx.nn.ConvTranspose,
-    effort: Effort,
-) -> Ends:
-    """At one input size."""
-    axes = axes_of(layer, operator)
-    folded = _folded(layer)
-    grid, factor = grid_of(axes)
-    if math.prod(grid.count) <= 2 * MOST_POINTS:
-        upper = enclose_correlation(folded, axes)
-    else:
-        # So large an input comes close to the supremum over all of them.
-        upper = enclose_lattice(folded, rtol=effort.rtol).times(factor).upper
-    kernel = correlation_kernel(layer)
-    map_ = correlation(kernel, axes)
-    rows = unpack_rows(_leading(map_, effort).v, map_.in_structure())
-    ends = Ends(stretch(kernel, axes, rows[0]), upper)
-    tight = all(axis.mode == "zeros" and axis.stride == 1 for axis in axes)
-    most = _MOST_ENTRIES_WITH_ZEROS if tight else _MOST_ENTRIES_OTHERWISE
-    if operator.in_size() * operator.out_size() > most:
-        return ends
-    return _with_dense_form(operator, ends, effort)
-
-
-def _folded(layer: eqx.nn.Conv | eqx.nn.ConvTranspose) -> LatticeConvolution:
-    """On the lattice, its stride in the channels, without the padding's gain."""
-    if isinstance(layer, eqx.nn.ConvTranspose):
-        operator = convolution_transpose_operator(layer, layer.weight, None)
-    else:
-        operator = convolution_operator(layer, layer.weight, None)
-    assert isinstance(operator, LatticeConvolution)
-    return LatticeConvolution(operator.kernel, gain=1.0)
-
-
-def _leading(operator: LinearOperator, effort: Effort) -> Triplets:
+def leading(operator: LinearOperator, effort: Effort) -> Triplets:
+    """Its leading singular vectors, as close as the width asks for."""
     return leading_triplets(
         operator,
         effort.key,
@@ -281,7 +263,7 @@ def _stretch_only(operator: LinearOperator, effort: Effort) -> Ends:
     """A lower end only: how much longer the operator, as it is evaluated, makes a
     vector. Its own rounding is not known; some is allowed for.
     """
-    found = _leading(operator, effort)
+    found = leading(operator, effort)
     image = apply_rows(operator, found.v)[0]
     image, vector = (jnp.concatenate(real_parts(x)) for x in (image, found.v[0]))
     scale = power_of_two(jnp.max(jnp.abs(image)))

@@ -1,6 +1,6 @@
 """What users call: both ends of a norm, with the proof behind each."""
 
-import math
+import functools as ft
 
 import equinox as eqx
 import jax
@@ -12,10 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._norms._rows import stop_gradient
-from .._operators import as_operator, LatticeConvolution, Operator, OperatorLike
-from ._enclose import Effort, enclose
-from ._lattice_proof import enclose_kernel
-from ._rounding import working_dtype
+from .._operators import as_operator, Operator, OperatorLike
+from ._enclose import default_width, Effort, enclose
 
 
 class Enclosure(eqx.Module):
@@ -120,9 +118,10 @@ def enclose_norm(
         raise ValueError(f"expected `rtol` to be positive, got {rtol}.")
     if max_steps < 1:
         raise ValueError(f"expected `max_steps` to be positive, got {max_steps}.")
-    width = _default_width(operator) if rtol is None else rtol
-    if isinstance(operator, LatticeConvolution) and in_memory(operator.kernel):
-        return _enclose_in_memory(operator, width)
+    width = default_width(operator) if rtol is None else rtol
+    found = enclose_in_memory(operator, width)
+    if found is not None:
+        return found
     key = jr.key(0) if key is None else key
     return _enclosure(stop_gradient(operator), key, width, max_steps, materialise)
 
@@ -136,42 +135,25 @@ def in_memory(array: Array | np.ndarray) -> bool:
     return not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
 
 
-def _enclose_in_memory(operator: LatticeConvolution, width: float) -> Enclosure:
-    """At every input size, without a compiled program."""
-    lower, upper = enclose_kernel(np.asarray(operator.kernel), width)
-    upper = _up(upper * operator.gain) if operator.gain != 1 else upper
-    dtype = np.dtype(working_dtype())
-    finfo = np.finfo(dtype)
-    if math.isnan(upper):
-        result = lx.RESULTS.nonfinite_input
-    else:
-        if upper > 0:
-            upper = max(upper, float(finfo.tiny))
-        lower = min(lower, float(finfo.max))
-        # Below the smallest normal number, JAX may take any number for zero.
-        lower = 0.0 if lower < 2 * float(finfo.tiny) else lower
-        lower, upper = (
-            _rounded(lower, -math.inf, dtype),
-            _rounded(upper, math.inf, dtype),
-        )
-        narrow = upper - lower <= width * upper + float(finfo.tiny)
-        reached = narrow and math.isfinite(upper)
-        result = lx.RESULTS.successful if reached else lx.RESULTS.max_steps_reached
-    # A conversion by `jax.numpy` would be compiled.
-    lower, upper = (jax.device_put(np.asarray(end, dtype)) for end in (lower, upper))
-    return Enclosure(lower, upper, result)
+@ft.singledispatch
+def enclose_in_memory(operator: Operator, width: float) -> Enclosure | None:
+    """What [`spectrax.enclose_norm`][] returns, if the kind of operator has a proof
+    without compilation.
 
+    **Kind:** a lower and an upper bound, rounding included.
 
-def _rounded(value: float, toward: float, dtype: np.dtype) -> float:
-    """To a number of this dtype, on the given side."""
-    with np.errstate(over="ignore"):
-        rounded = dtype.type(value)
-    past = float(rounded) < value if toward > 0 else float(rounded) > value
-    return float(np.nextafter(rounded, dtype.type(toward)) if past else rounded)
+    **Arguments:**
 
+    - `operator`: of any kind. By default there is none.
+    - `width`: the width asked for, `(upper - lower) / upper`.
 
-def _up(value: float) -> float:
-    return math.nextafter(value, math.inf)
+    **Returns:** a [`spectrax.Enclosure`][], or `None`, as also where JAX traces the
+    operator's arrays.
+
+    **Raises:** nothing; the operator has been looked at.
+    """
+    del operator, width
+    return None
 
 
 # Compiled even where the caller is not, as these are many small operations.
@@ -194,12 +176,3 @@ def _enclosure(
     )
     result = lx.RESULTS.where(nonfinite, lx.RESULTS.nonfinite_input, result)
     return Enclosure(lower, ends.upper, result)
-
-
-def _default_width(operator: Operator) -> float:
-    function = getattr(operator, "fn", None)
-    if isinstance(operator, LatticeConvolution) or isinstance(
-        function, eqx.nn.Conv | eqx.nn.ConvTranspose
-    ):
-        return 1e-2
-    return 2e-5 if working_dtype() == jnp.float64 else 1e-3

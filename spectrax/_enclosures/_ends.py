@@ -10,7 +10,10 @@ from ._rounding import down, up
 
 
 class Ends(eqx.Module):
-    """`lower <= truth <= upper`, all nonnegative."""
+    """`lower <= truth <= upper`, all nonnegative.
+
+    - `lower`, `upper`: real scalars, NaN if anything is not finite.
+    """
 
     lower: Float[Array, ""]
     upper: Float[Array, ""]

@@ -1,20 +1,16 @@
 """An upper bound that holds with a stated probability, over the starting vector."""
 
 import math
-from typing import Literal
+from typing import cast, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._norms import init_power_state, power_iterate, singular_value
+from .._custom_types import LinearOperator
+from .._norms import init_power_state, power_iterate, singular_value, smaller_side
 from .._norms._golub_kahan import leading_triplets
 from .._norms._rows import stop_gradient
-from .._operators import (
-    accumulation_dtype,
-    as_operator,
-    LatticeConvolution,
-    OperatorLike,
-)
+from .._operators import as_operator, OperatorLike
 
 
 def probable_upper_bound(
@@ -82,12 +78,7 @@ def probable_upper_bound(
         ```
     """
     operator = stop_gradient(as_operator(operator))
-    if isinstance(operator, LatticeConvolution):
-        raise TypeError(
-            "expected an operator between spaces of finite size, got a convolution at "
-            "every input size. Build it with `spectrax.layer_operator(layer, "
-            "input_size=...)`, or use `spectrax.enclose_norm`."
-        )
+    size = smaller_side(operator)
     if num_steps < 2:
         raise ValueError(f"expected `num_steps` to be at least 2, got {num_steps}.")
     if not 0 < failure_probability < 1:
@@ -99,13 +90,15 @@ def probable_upper_bound(
         raise ValueError(
             f'expected `method` to be "lanczos" or "power", got {method!r}.'
         )
-    size = min(operator.in_size(), operator.out_size())
-    if jnp.issubdtype(accumulation_dtype(operator), jnp.complexfloating):
-        size *= 2
     if method == "lanczos":
         error = _lanczos_error(size, num_steps, failure_probability)
         found = leading_triplets(
-            operator, key, count=1, basis_size=num_steps, max_cycles=1, rtol=0.0
+            cast(LinearOperator, operator),  # the others have no smaller side
+            key,
+            count=1,
+            basis_size=num_steps,
+            max_cycles=1,
+            rtol=0.0,
         )
         sigma = found.sigma[0]
     else:

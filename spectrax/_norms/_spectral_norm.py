@@ -3,23 +3,14 @@
 from typing import Literal, overload
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Float, Inexact, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._operators import (
-    accumulation_dtype,
-    as_operator,
-    LatticeConvolution,
-    mode_matrices,
-    Operator,
-    OperatorLike,
-)
-from ._lattice_norm import lattice_norm, lattice_norm_residual
-from ._rows import largest_of
-from ._triplet import differentiable_norm, triplet_residual, TripletFinder
+from .._operators import as_operator, Operator, OperatorLike
+from ._converged import converged_norm, converged_residual, default_tolerance
+from ._triplet import TripletFinder
 
 
 class NormSolution(eqx.Module):
@@ -122,45 +113,21 @@ def spectral_norm(
     if max_steps < 1:
         raise ValueError(f"expected `max_steps` to be positive, got {max_steps}.")
     key = jr.key(0) if key is None else key
-    default = float(jnp.finfo(accumulation_dtype(operator)).eps) ** 0.75
-    tolerance = default if rtol is None else rtol
+    tolerance = default_tolerance(operator) if rtol is None else rtol
     find = TripletFinder(key, tolerance, max_steps, dense=False)
-    value = _norm(operator, find)
+    value = converged_norm(operator, find)
     return _solution(operator, value, find) if with_result else value
 
 
 def exact_norm(operator: Operator) -> Float[Array, ""]:
     """The norm by dense singular value decompositions; derivatives as above."""
-    return _norm(operator, TripletFinder(jr.key(0), 0.0, 1, dense=True))
-
-
-def _norm(operator: Operator, find: TripletFinder) -> Float[Array, ""]:
-    if isinstance(operator, LatticeConvolution):
-        return lattice_norm(operator, find)
-    if (matrices := mode_matrices(operator)) is not None:
-        return largest_of(_mode_norms(matrices, find))
-    return differentiable_norm(operator, find)
-
-
-def _mode_norms(
-    matrices: Inexact[Array, "modes out in"], find: TripletFinder
-) -> Float[Array, " modes"]:
-    def norm(matrix: Inexact[Array, "out in"]) -> Float[Array, ""]:
-        return differentiable_norm(lx.MatrixLinearOperator(matrix), find)
-
-    return jax.vmap(norm)(matrices)
+    return converged_norm(operator, TripletFinder(jr.key(0), 0.0, 1, dense=True))
 
 
 def _solution(
     operator: Operator, value: Float[Array, ""], find: TripletFinder
 ) -> NormSolution:
-    if isinstance(operator, LatticeConvolution):
-        residual = lattice_norm_residual(operator, find)
-    elif (matrices := mode_matrices(operator)) is not None:
-        leading = matrices[jnp.argmax(_mode_norms(matrices, find))]
-        residual = triplet_residual(lx.MatrixLinearOperator(leading), find)
-    else:
-        residual = triplet_residual(operator, find)
+    residual = converged_residual(operator, find)
     # What rounding alone leaves is not for further steps to remove.
     floor = 64 * float(jnp.finfo(residual.dtype).eps)
     result = lx.RESULTS.where(

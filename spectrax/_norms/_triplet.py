@@ -25,7 +25,13 @@ class Triplet(eqx.Module):
 
 
 class TripletFinder(eqx.Module):
-    """How the triplet is computed; its derivatives do not depend on it."""
+    """How a leading singular triplet is computed; its derivatives do not depend on it.
+
+    - `key`: randomness of the start.
+    - `rtol`: the relative residual at which to stop.
+    - `max_steps`: the most products with the operator and its adjoint.
+    - `dense`: whether by a decomposition of the dense matrix in their place.
+    """
 
     key: PRNGKeyArray
     rtol: float = eqx.field(static=True)

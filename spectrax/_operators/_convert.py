@@ -1,5 +1,6 @@
 """What a user may hand to a norm: a matrix or a lineax operator."""
 
+import functools as ft
 from typing import Any, TYPE_CHECKING, TypeAlias
 
 import jax.numpy as jnp
@@ -21,26 +22,24 @@ else:
     OperatorLike: TypeAlias = Any
 
 
+@ft.singledispatch
 def as_operator(operator: object) -> Operator:
-    """Returns `operator` as a lineax operator; a 2-D array becomes its matrix.
+    """An operator from what a user hands over: a 2-D array becomes its matrix, and
+    operators pass through unchanged.
 
-    Operators (lineax's, and `LatticeConvolution`) pass through unchanged.
+    **Arguments:**
 
-    **Raises:**
+    - `operator`: a matrix, a lineax operator or a
+        [`spectrax.LatticeConvolution`][]. A kind of operator that is not a lineax
+        operator registers that it passes through.
 
-    - `TypeError` if `operator` is neither an array nor an operator, or not of a
-        floating-point or complex dtype.
-    - `ValueError` if an array is not two-dimensional, or if anything is empty.
+    **Returns:** an operator.
+
+    **Raises:** `TypeError` if `operator` is neither an array nor an operator, or not of
+    a floating-point or complex dtype; `ValueError` if an array is not two-dimensional,
+    or if anything is empty.
     """
-    if isinstance(operator, LatticeConvolution):
-        return operator
-    if isinstance(operator, lx.AbstractLinearOperator):
-        if operator.in_size() == 0 or operator.out_size() == 0:
-            raise ValueError(
-                "expected an operator between spaces with dimensions, got one from "
-                f"{operator.in_size()} to {operator.out_size()} entries."
-            )
-        return operator
+    # Arrays are not registered, as a traced one has no class in common with them.
     if not isinstance(operator, Array | np.ndarray):
         raise TypeError(
             "expected `operator` to be a 2-D array or a `lineax` operator, got "
@@ -70,3 +69,18 @@ def as_operator(operator: object) -> Operator:
             f"expected a matrix with entries, got one of shape {operator.shape}."
         )
     return lx.MatrixLinearOperator(jnp.asarray(operator))
+
+
+@as_operator.register
+def _(operator: lx.AbstractLinearOperator) -> Operator:
+    if operator.in_size() == 0 or operator.out_size() == 0:
+        raise ValueError(
+            "expected an operator between spaces with dimensions, got one from "
+            f"{operator.in_size()} to {operator.out_size()} entries."
+        )
+    return operator
+
+
+@as_operator.register
+def _(operator: LatticeConvolution) -> Operator:
+    return operator

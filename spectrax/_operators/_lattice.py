@@ -17,7 +17,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Inexact
 
-from .._dtypes import at_least_float32, real_dtype, unit_complex
+from .._custom_types import DType
+from .._dtypes import at_least_float32, real_dtype, unit_complex, widest
+from ._products import accumulation_dtype
 
 
 class LatticeConvolution(eqx.Module):
@@ -85,6 +87,11 @@ class LatticeConvolution(eqx.Module):
     def dim(self) -> int:
         """The number of spatial dimensions."""
         return self.kernel.ndim - 3
+
+
+@accumulation_dtype.register
+def _(operator: LatticeConvolution) -> DType:
+    return widest(operator.kernel.dtype, jnp.complex64)
 
 
 def _product(

@@ -16,14 +16,22 @@ import lineax as lx
 from jaxtyping import Array, Inexact, PyTree
 
 from .._custom_types import DType, LinearOperator, Rows, StructuredRows
-from .._dtypes import at_least_float32, widest
-from ._lattice import LatticeConvolution
+from .._dtypes import at_least_float32
 
 
-def accumulation_dtype(operator: LinearOperator | LatticeConvolution) -> DType:
-    """The dtype in which products with `operator` are accumulated: float32 or wider."""
-    if isinstance(operator, LatticeConvolution):
-        return widest(operator.kernel.dtype, jnp.complex64)
+@ft.singledispatch
+def accumulation_dtype(operator: LinearOperator) -> DType:
+    """The dtype in which products with the operator are accumulated: float32 or wider,
+    and complex if its vectors are.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default that of its input and output decides.
+
+    **Returns:** a dtype.
+
+    **Raises:** `ValueError` if one of input and output is real and the other complex.
+    """
     leaves = jtu.tree_leaves((operator.in_structure(), operator.out_structure()))
     dtypes = {leaf.dtype for leaf in leaves}
     if len({jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes}) > 1:
@@ -60,14 +68,34 @@ def unpack_rows(
 
 @ft.singledispatch
 def apply_rows(operator: LinearOperator, rows: Rows) -> Rows:
-    """`A v` for every row `v`."""
+    """`A v` for every row `v`.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default its `mv` is mapped over the rows.
+    - `rows`: vectors of the operator's input, each raveled, `[block, in_size]`.
+
+    **Returns:** `[block, out_size]`, of the dtype of `rows`.
+
+    **Raises:** what the operator does if it does not fit.
+    """
     structured = unpack_rows(rows, operator.in_structure())
     return pack_rows(jax.vmap(operator.mv)(structured), rows.dtype)
 
 
 @ft.singledispatch
 def adjoint_rows(operator: LinearOperator, rows: Rows) -> Rows:
-    """`A^H u` for every row `u`: the conjugate transpose, `conj(A^T conj(u))`."""
+    """`A^H u` for every row `u`: the conjugate transpose, `conj(A^T conj(u))`.
+
+    **Arguments:**
+
+    - `operator`: of any kind. By default the `mv` of its transpose is mapped.
+    - `rows`: vectors of the operator's output, each raveled, `[block, out_size]`.
+
+    **Returns:** `[block, in_size]`, of the dtype of `rows`.
+
+    **Raises:** what the operator does if it does not fit.
+    """
     structured = unpack_rows(jnp.conj(rows), operator.out_structure())
     return jnp.conj(pack_rows(jax.vmap(operator.T.mv)(structured), rows.dtype))
 

@@ -8,11 +8,10 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
-import lineax as lx
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from .._dtypes import at_least_float32, widest
-from .._operators import fourier_multiplier
+from .._operators import fourier_multiplier, FourierMultiplier
 from .._rules import register_layer
 
 
@@ -269,7 +268,7 @@ def _widen(
 
 def _operator(
     layer: FourierLayer, weight: Float[Array, "coefficients out in"]
-) -> lx.FunctionLinearOperator:
+) -> FourierMultiplier:
     """The layer as one matrix for each kept frequency, and one for all others."""
     matrices = _symbol(weight.astype(at_least_float32(weight.dtype)), layer.modes)
     matrices = matrices.reshape(-1, *weight.shape[1:])
