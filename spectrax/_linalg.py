@@ -3,9 +3,14 @@
 On the CPU a batched LAPACK call of JAX waits in the thread pool for the pool's own
 threads. Two of them at a time, as for two stacks of layers in one model, can block each
 other for ever. Under `vmap` these therefore take one matrix after the other there, or
-call no LAPACK.
+call no LAPACK. What else goes wrong when such a call is spread over the pool:
+https://github.com/jax-ml/jax/issues/39292.
+
+None of those with LAPACK has a derivative: that of a decomposition is not finite where
+values repeat, and whatever here is differentiable has a rule of its own.
 """
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +25,9 @@ from ._namespace import namespace
 
 
 def _one_at_a_time_on_cpu(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """One matrix after the other under `vmap` on a CPU, and an error if differentiated,
+    also because JAX could not transpose what `custom_vmap` makes.
+    """
     call = custom_vmap(function)
 
     @call.def_vmap
@@ -32,14 +40,28 @@ def _one_at_a_time_on_cpu(function: Callable[[Array], Any]) -> Callable[[Array],
         )
         return result, jax.tree.map(lambda _: True, result)
 
-    # Without derivatives, which `custom_vmap` could not transpose.
-    return lambda matrix: call(lax.stop_gradient(matrix))
+    @jax.custom_jvp
+    @ft.wraps(function)
+    def undifferentiable(matrix: Array) -> Any:
+        return call(matrix)
+
+    @undifferentiable.defjvp
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+        del primals, tangents
+        raise TypeError(
+            f"expected no derivative of `spectrax._linalg.{function.__name__}`, which "
+            "has none; one was asked for. Apply `jax.lax.stop_gradient` to its "
+            "argument, or differentiate `spectrax.spectral_norm` or "
+            "`spectrax.singular_value`."
+        )
+
+    return undifferentiable
 
 
 @_one_at_a_time_on_cpu
 def cholesky(matrix: Inexact[Array, "n n"]) -> Inexact[Array, "n n"]:
     """The lower factor; NaN if `matrix`, of which the lower triangle is read, is not
-    positive definite. Its derivative counts as zero, as that of all of these.
+    positive definite.
     """
     return lax.linalg.cholesky(matrix, symmetrize_input=False)
 

@@ -341,6 +341,18 @@ def test_converged_norms_are_the_truth(row: Row):
     assert internal.current_norm(operator, 0.99 * truth) <= truth * (1 + 1e-12)
 
 
+def test_residual_of_modes_is_that_of_the_largest():
+    row = ROWS[1]
+    operator = row.build(row.draw(1))
+    state, _, _ = converged(operator)
+    norms = np.linalg.norm(operator.matrices(), 2, axis=(1, 2))
+    for mode in range(len(norms)):
+        # A little of the second pair in the first.
+        u = state.u.at[mode, 0].add(0.01 * state.u[mode, 1])
+        found = residual_norm(operator, eqx.tree_at(lambda s: s.u, state, u))
+        assert found > 1e-3 if mode == norms.argmax() else found <= 1e-5
+
+
 @every_kind
 def test_derivatives_are_those_of_the_truth(row: Row):
     weight, direction = row.draw(4), row.draw(5)

@@ -63,12 +63,39 @@ def test_no_batched_calls_that_could_wait_for_each_other(getkey):
             assert len(sizes) <= 2 or set(sizes[:-2]) == {1}, line
 
 
-def test_derivatives_count_as_zero(getkey):
+@pytest.mark.parametrize("function", [cholesky, inverse_cholesky, eigh, svd])
+def test_derivatives_raise(function, getkey):
     (matrix, *_), *_ = _matrices(getkey, np.float64)
-    for function in (cholesky, inverse_cholesky, lambda m: eigh(m)[1], svd):
-        total = lambda m, f=function: sum(x.sum() for x in jax.tree.leaves(f(m)))  # noqa: E731
-        assert jnp.all(jax.grad(total)(matrix) == 0)
-        assert jnp.all(jax.hessian(total)(matrix) == 0)
+    total = lambda m: sum(x.sum() for x in jax.tree.leaves(function(m)))  # noqa: E731
+    message = f"expected no derivative of `spectrax._linalg.{function.__name__}`"
+    forward = lambda m: jax.jvp(total, (m,), (m,))  # noqa: E731
+    stack = lambda m: jax.vmap(total)(m[None]).sum()  # noqa: E731
+    for attempt in (
+        jax.grad(total),
+        forward,
+        jax.grad(jax.jit(total)),
+        jax.grad(stack),
+    ):
+        with pytest.raises(TypeError, match=message):
+            attempt(matrix)
+    with pytest.raises(TypeError, match=message):
+        jax.vmap(jax.grad(total))(matrix[None])
+    # What is held fixed may be decomposed.
+    fixed = lambda m: total(jax.lax.stop_gradient(m)) + m.sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(fixed)(matrix), jnp.ones_like(matrix))
+    stack = lambda m: jax.vmap(fixed)(m[None]).sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(jax.jit(stack))(matrix), jnp.ones((5, 5)))
+
+
+def test_a_step_has_no_derivative_in_its_vectors(getkey):
+    matrix = jr.normal(getkey(), (4, 3))
+    state = spectrax.init_power_state(matrix, num_steps=0)
+
+    def value(state: spectrax.PowerState) -> jax.Array:
+        return spectrax.singular_value(matrix, spectrax.power_iterate(matrix, state))
+
+    for leaf in jax.tree.leaves(jax.grad(value)(state)):
+        assert jnp.all(leaf == 0)
 
 
 @pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])

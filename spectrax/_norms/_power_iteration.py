@@ -113,7 +113,7 @@ def power_iterate(
         sigma = spectrax.singular_value(weight, state)
         ```
     """
-    operator = stop_gradient(as_operator(operator))
+    operator, state = stop_gradient((as_operator(operator), state))
     check_num_steps(num_steps)
     return stop_gradient(step_vectors(operator, state, num_steps))
 
