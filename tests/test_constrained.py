@@ -16,7 +16,7 @@ import pytest
 
 import spectrax
 
-from .helpers import linear_norms, Net, true_norm
+from .helpers import clone, linear_norms, Net, true_norm
 
 
 def test_stands_where_the_weight_was(getkey):
@@ -118,7 +118,7 @@ def test_the_state_of_another_model(getkey):
         with pytest.raises(
             ValueError, match="expected the state of this model, got one"
         ):
-            verb(model, other)
+            verb(model, clone(other))
     # One that was never made with its state has none either.
     with pytest.raises(ValueError, match="`equinox.nn.make_with_state` around"):
         spectrax.unwrap(spectrax.wrap(Net(getkey())), other)
