@@ -262,7 +262,9 @@ def test_without_the_state_raises(getkey):
         TypeError, match="`equinox.nn.State` of a constrained model, got"
     ):
         model.lipschitz_bound()
-    with pytest.raises(TypeError, match="`equinox.nn.State` of a constrained model, got None"):
+    with pytest.raises(
+        TypeError, match="`equinox.nn.State` of a constrained model, got None"
+    ):
         model(jnp.zeros((2, 4)))
 
 

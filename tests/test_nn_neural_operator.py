@@ -369,5 +369,7 @@ def test_without_state_raises(small):
     model, _, _ = small
     with pytest.raises(TypeError, match=r"expected the `equinox.nn.State` of a const"):
         model(jnp.ones((4, 3)))
-    with pytest.raises(TypeError, match="`equinox.nn.State` of a constrained model, got"):
+    with pytest.raises(
+        TypeError, match="`equinox.nn.State` of a constrained model, got"
+    ):
         model.lipschitz_bound()
