@@ -3,7 +3,10 @@
 import importlib.metadata
 
 from . import _certify_kernel as _certify_kernel, nn as nn
-from ._constrained import Constrained as Constrained
+from ._constrained import (
+    Constrained as Constrained,
+    constrained_weights as constrained_weights,
+)
 from ._constraints import (
     AbstractConstraint as AbstractConstraint,
     Clip as Clip,

@@ -187,7 +187,9 @@ class Constrained(eqx.Module):
         if state is None:
             raise TypeError(
                 "expected the `equinox.nn.State` of a constrained model, got None. It "
-                "comes with the model: `model, state = spectrax.constrain(module)`."
+                "comes with the model: `model, state = spectrax.constrain(module)`, or "
+                "`equinox.nn.make_with_state`. What `spectrax.unwrap` returns needs "
+                "none."
             )
         try:
             return state.get(self.memory)
@@ -241,10 +243,34 @@ def is_constrained(node: Any) -> bool:
 
 
 def constrained_weights(tree: PyTree) -> list[Constrained]:
-    """All of them in a tree, in its order."""
-    return [
-        n for n in jtu.tree_leaves(tree, is_leaf=is_constrained) if is_constrained(n)
-    ]
+    """The constrained weights of a model, in the order of its fields.
+
+    **Arguments:**
+
+    - `tree`: what `constrain` returned, or any pytree.
+
+    **Returns:**
+
+    A list of [`spectrax.Constrained`][], empty if nothing is constrained. Of trained
+    bounds, `[node.constraint.target() for node in ...]` are the values.
+
+    **Raises:** nothing.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import spectrax
+
+        mlp = eqx.nn.MLP(8, 4, width_size=16, depth=2, key=jax.random.key(0))
+        model, state = spectrax.constrain(mlp)
+        for node in spectrax.constrained_weights(model):
+            print(node.weight.shape, node.norm(state), node.bound(state))
+        ```
+    """
+    leaves = jtu.tree_leaves(tree, is_leaf=is_constrained)
+    return [leaf for leaf in leaves if is_constrained(leaf)]
 
 
 # Compiled even where the caller is not, as these are many small operations.

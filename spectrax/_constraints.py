@@ -313,6 +313,11 @@ def _check_positive(value: Any, name: str) -> None:
     """For concrete values; a traced one cannot be looked at."""
     if isinstance(value, jax.core.Tracer):
         return
+    if value is None or np.asarray(value).dtype.kind not in "fiuV":
+        raise TypeError(
+            f"expected `{name}` to be a real number or an array of them, got {value!r} "
+            f"of type {type(value).__name__}."
+        )
     concrete = np.asarray(value, dtype=float)
     if not (np.all(concrete > 0) and np.all(np.isfinite(concrete))):
         raise ValueError(

@@ -148,7 +148,7 @@ def register_layer(
         their place if it is asked to be `lazy`.
 
     **Raises:** `TypeError` if `layer_type` is not a class or `view` is not a function,
-    `ValueError` if `ndim < 1`.
+    `ValueError` if `ndim < 1` or if a dataclass has no such field.
 
     !!! Example
 
@@ -184,6 +184,13 @@ def register_layer(
             f"operator, got {view!r}."
         )
     names = (weights,) if isinstance(weights, str) else tuple(weights)
+    if dataclasses.is_dataclass(layer_type):
+        fields = [field.name for field in dataclasses.fields(layer_type)]
+        if unknown := [name for name in names if name not in fields]:
+            raise ValueError(
+                f"expected `weights` to be fields of {layer_type.__name__}, got "
+                f"{unknown}; it has {fields}."
+            )
     view = _as_it_is if view is None else view
     _RULES[layer_type] = tuple(
         WeightRule(name, ndim, view, products_only=products_only) for name in names

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -102,6 +103,11 @@ def select_weights(
     chosen = where(marked)
     several = isinstance(chosen, list | tuple)
     targets = list(chosen) if several else [chosen]
+    if not targets:
+        raise ValueError(
+            "expected `where` to select at least one layer or array, got an empty "
+            f"{type(chosen).__name__}. Leave `where` out for every known layer."
+        )
     return [_weights_in(model, target) for target in targets], several
 
 
@@ -146,6 +152,12 @@ def check_weight(model: PyTree, path: Path, *, with_view: bool) -> Array:
         raise TypeError(
             f"expected the weight `{name}` to be of floating-point or complex dtype, "
             f"got {weight.dtype}. Leave it out with `where`, or convert it."
+        )
+    if jnp.finfo(weight.dtype).bits < 16:
+        raise TypeError(
+            f"expected the weight `{name}` to be of float16, bfloat16 or wider, got "
+            f"{weight.dtype}, which JAX does not compute with. Constrain the model "
+            "in a wider dtype, and cast what `spectrax.unwrap` returns."
         )
     layer, rule = rule_at(model, path)
     if weight.ndim < max(2, rule.weight_ndim(layer)):

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._constrained import (
@@ -312,7 +313,7 @@ def with_constraints(
     estimators = _for_each(
         estimator, AbstractEstimator, "estimator", targets, several=several
     )
-    size = None if input_size is None else tuple(input_size)
+    size = None if input_size is None else _checked_size(input_size)
     key = jr.key(0) if key is None else key
     found: dict[Path, Constrained] = {}
     fitting = False
@@ -345,6 +346,16 @@ def with_constraints(
             f"{size} and none whose norm depends on it. Leave it out."
         )
     return replace(module, list(found), list(found.values()))
+
+
+def _checked_size(input_size: Any) -> tuple[int, ...]:
+    sizes = input_size if isinstance(input_size, list | tuple) else [input_size, None]
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        raise TypeError(
+            "expected `input_size` to be a sequence of integers, the spatial sizes of "
+            f"the input without channels, as in `(32, 32)`; got {input_size!r}."
+        )
+    return tuple(int(size) for size in sizes)
 
 
 def _for_each(

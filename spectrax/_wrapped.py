@@ -1,5 +1,6 @@
 """A module with constrained weights, and what can be done with it: one walk each."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, TypeVar
 
@@ -27,10 +28,13 @@ class Wrapped(eqx.nn.StatefulLayer):
     """
 
     module: Any
+    # As many weights are constrained; fewer are found where one was replaced.
+    count: int = eqx.field(static=True)
 
     def __init__(self, module: PyTree):
         """Used by `wrap` and by subclasses; nothing is constrained in a plain one."""
         self.module = module
+        self.count = len(constrained_weights(module))
 
     @property
     def weights(self) -> tuple[Constrained, ...]:
@@ -87,6 +91,17 @@ class Wrapped(eqx.nn.StatefulLayer):
             return module(*args, **kwargs)
         args, kwargs = _put(args, kwargs, place, [])
         return module(*args, **kwargs), state
+
+    def __getattr__(self, name: str) -> Any:
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        # Also asked while the fields are set.
+        if not name.startswith("_") and hasattr(vars(self).get("module"), name):
+            message += (
+                f". The module in it has: `model.module.{name}` with constrained "
+                f"weights as nodes, `model.raw.{name}` with raw ones, "
+                f"`spectrax.unwrap(model, state).{name}` with those that act."
+            )
+        raise AttributeError(message)
 
     def is_stateful(self) -> bool:
         """Whether a state has to be passed: not once it is unwrapped."""
@@ -222,7 +237,7 @@ def unwrap(
         for key_path, node in nodes(without_wrappers(model), is_constrained)
         if is_constrained(node)
     ]
-    if not found:
+    if not found and not any(_is_to_do(node) for _, node in nodes(model, _is_to_do)):
         return model
     values = iter(
         [
@@ -258,21 +273,38 @@ def without_wrappers(model: PyTree) -> PyTree:
 
 def _without_shells(model: PyTree, plain: PyTree) -> PyTree:
     """`plain`, with the module in the place of each `Wrapped` that had something to do
-    in `model`. Not inside of other modules, whose code passes a state to it.
+    in `model`; inside of other modules, whose code passes a state, with one that has
+    nothing left to do.
     """
 
     def stop(node: Any) -> bool:
         return isinstance(node, eqx.Module)
 
     def bare(before: Any, after: Any) -> Any:
-        if _is_wrapped(before) and before.weights:
-            return after.module
-        return after
+        if not _is_wrapped(before):
+            return jtu.tree_map(_done, before, after, is_leaf=_is_whole)
+        return _done(before, after).module if before.count else after
 
     before, structure = jtu.tree_flatten(model, is_leaf=stop)
     return jtu.tree_unflatten(
         structure, map(bare, before, structure.flatten_up_to(plain))
     )
+
+
+def _done(before: Any, after: Any) -> Any:
+    """A `Wrapped` with nothing left to do; other nodes as they are."""
+    if not _is_wrapped(before):
+        return after
+    if len(before.weights) != before.count:
+        warnings.warn(
+            f"expected a module with {before.count} constrained weights, as when it "
+            f"was wrapped, got one with {len(before.weights)}: others were put in "
+            "their places, which nothing constrains. Put a raw weight in the place of "
+            "`layer.weight.weight`, or wrap the module anew. If a layer without a "
+            "constraint is meant, make the model with `spectrax.Wrapped(module)`.",
+            stacklevel=2,
+        )
+    return Wrapped(after.module)
 
 
 def _find_state(
@@ -309,3 +341,11 @@ def _is_stateful(module: PyTree) -> bool:
 
 def _is_wrapped(node: Any) -> bool:
     return isinstance(node, Wrapped)
+
+
+def _is_whole(node: Any) -> bool:
+    return _is_wrapped(node) or is_constrained(node)
+
+
+def _is_to_do(node: Any) -> bool:
+    return isinstance(node, Wrapped) and node.count > 0

@@ -144,6 +144,22 @@ def linear_weights(model: PyTree) -> list[Array]:
     return [raw(leaf.weight) for leaf in leaves if is_linear(leaf)]
 
 
+def raw(model: PyTree) -> PyTree:
+    """The model with its raw weights."""
+
+    def is_node(node: Any) -> bool:
+        return isinstance(node, spectrax.Constrained)
+
+    return jtu.tree_map(
+        lambda node: node.weight if is_node(node) else node, model, is_leaf=is_node
+    )
+
+
+def trained_bounds(model: PyTree) -> list[Any]:
+    """Of each constrained weight the constraint if it is trained."""
+    return [node.constraint for node in spectrax.constrained_weights(model)]
+
+
 def linear_norms(model: PyTree) -> list[float]:
     """The true norms of those weights."""
     return [true_norm(weight) for weight in linear_weights(model)]

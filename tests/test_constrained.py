@@ -16,7 +16,7 @@ import pytest
 
 import spectrax
 
-from .helpers import linear_norms, Net, true_norm
+from .helpers import clone, linear_norms, Net, true_norm
 
 
 def test_stands_where_the_weight_was(getkey):
@@ -56,12 +56,45 @@ def test_parts_of_a_model_are_models(getkey):
 def test_a_layer_can_be_replaced_by_a_plain_one(getkey):
     model, state = spectrax.constrain(Net(getkey()))
     head = eqx.nn.Linear(4, 2, key=getkey())
-    model = eqx.tree_at(lambda m: m.module.second, model, head)
+    module = eqx.tree_at(lambda net: net.second, model.module, head)
+    model = spectrax.Wrapped(module)
     state = spectrax.advance(model, state)
     plain = spectrax.unwrap(model, state)
     assert eqx.tree_equal(plain.second, head)
     assert true_norm(plain.first.weight) == pytest.approx(1, rel=1e-6)
     assert len(spectrax.summary(model, state, enclosure=False)) == 1
+
+
+def test_a_weight_in_the_place_of_a_node_is_noticed(getkey):
+    """It would be constrained no more, and nobody would say so."""
+    model, state = spectrax.constrain(Net(getkey()))
+    array = jr.normal(getkey(), (4, 4))
+    changed = eqx.tree_at(lambda m: m.module.first.weight, model, array)
+    match = "expected a module with 2 constrained weights, .* got one with 1: others"
+    with pytest.warns(UserWarning, match=match):
+        plain = spectrax.unwrap(changed, state)
+    assert plain.first.weight is array
+    (alone, state) = spectrax.constrain(eqx.nn.Linear(4, 4, key=getkey()))
+    changed = eqx.tree_at(lambda m: m.module.weight, alone, array)
+    with pytest.warns(UserWarning, match="got one with 0"):
+        assert type(spectrax.unwrap(changed, state)) is eqx.nn.Linear
+
+
+def test_attributes_of_the_module(getkey):
+    model, _ = spectrax.constrain(Net(getkey()))
+    match = r"has no attribute 'first'. The module in it has: `model.module.first`"
+    with pytest.raises(AttributeError, match=match):
+        _ = model.first
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'$"):
+        _ = model.nonsense
+
+
+def test_eight_bits_are_too_few(getkey):
+    net = jtu.tree_map(lambda x: x.astype(jnp.float8_e4m3fn), Net(getkey()))
+    with pytest.raises(
+        TypeError, match="`first.weight` to be of float16, bfloat16 or w"
+    ):
+        spectrax.constrain(net)
 
 
 _LAYERS = {
@@ -118,7 +151,7 @@ def test_the_state_of_another_model(getkey):
         with pytest.raises(
             ValueError, match="expected the state of this model, got one"
         ):
-            verb(model, other)
+            verb(model, clone(other))
     # One that was never made with its state has none either.
     with pytest.raises(ValueError, match="`equinox.nn.make_with_state` around"):
         spectrax.unwrap(spectrax.wrap(Net(getkey())), other)

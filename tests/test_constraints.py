@@ -16,6 +16,8 @@ import pytest
 
 import spectrax
 
+from .helpers import unchecked
+
 
 sigmas = st.floats(1e-30, 1e30)
 bounds = st.sampled_from([1e-3, 0.3, 1.0, 50.0])
@@ -131,6 +133,27 @@ def test_stacks_have_one_bound_for_each_weight(kind: type, bound: Any):
     ratio = full / np.asarray(sigma)
     expected = np.minimum(ratio, 1) if kind is spectrax.Clip else ratio
     np.testing.assert_allclose(constraint.scale(sigma), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["2", True, 1j, None])
+def test_what_is_no_bound(value):
+    match = "to be a real number or an array of them, got"
+    for make in (
+        spectrax.Normalize,
+        spectrax.Clip,
+        spectrax.ClipToInitial,
+        spectrax.LearnableBound,
+    ):
+        with unchecked(), pytest.raises(TypeError, match=match):
+            make(value)
+
+
+@pytest.mark.parametrize("value", [1.5, True, "1"])
+@pytest.mark.parametrize("name", ["num_steps", "block_size", "init_steps"])
+def test_what_is_no_count(name, value):
+    match = f"expected `{name}` to be an integer, got"
+    with unchecked(), pytest.raises(TypeError, match=match):
+        spectrax.PowerIteration(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,21 @@ def test_weights_that_are_transformed_again_are_refused(around, getkey):
     assert len(model.weights) == 1
 
 
+def test_registering_fields_that_are_not_there():
+    class Layer(eqx.Module):
+        kernel: jax.Array
+
+    with pytest.raises(
+        ValueError, match=r"of Layer, got \['nope'\]; it has \['kernel'\]"
+    ):
+        spectrax.register_layer(Layer, "nope")
+    with (
+        unchecked(),
+        pytest.raises(TypeError, match="expected `view` to be a function"),
+    ):
+        spectrax.register_layer(Layer, "kernel", view="nope")
+
+
 def test_registering_again_replaces(getkey):
     class Fickle(Tensor):
         pass

@@ -18,7 +18,7 @@ import pytest
 import spectrax
 from spectrax.nn import FNO
 
-from .helpers import clone, true_norm
+from .helpers import clone, trained_bounds, true_norm
 
 
 # In one space dimension and narrow: what is tested here are the parts put together.
@@ -32,7 +32,7 @@ def wrapped(key, **options):
 def weights(model):
     """Of the constrained layers of an unwrapped model, as functions of one dimension
     have them: matrices, and those of each frequency."""
-    network = model.network.module
+    network = model
     linear = [network.lifting, network.hidden, network.projection]
     blocks = [spectrax.layer_operator(block).matrices() for block in network.blocks]
     return [layer.weight[None] for layer in linear] + blocks
@@ -64,7 +64,7 @@ def test_architecture(getkey):
         output_scale=3.0,
         key=getkey(),
     )
-    network = model.network.module
+    network = model
     assert len(network.blocks) == 2
     x = jr.normal(getkey(), (2, 6))
 
@@ -84,7 +84,7 @@ def test_architecture(getkey):
 
 def test_plain_has_no_state(getkey):
     model = make(constraint=None, key=getkey())
-    assert not model.network.is_stateful()
+    assert not model.is_stateful()
     expected = np.prod(norms(model))
     np.testing.assert_allclose(model.lipschitz_bound(), expected, rtol=1e-3)
     assert model.lipschitz_bound() >= expected
@@ -115,11 +115,11 @@ def test_bound_is_reached_by_a_network_that_can(getkey):
         )
 
     def parts(model):
-        n = model.network.module
+        n = model
         return [n.lifting, n.hidden, n.projection, *n.blocks]
 
     model = eqx.tree_at(parts, model, [aligned(layer) for layer in parts(model)])
-    network = model.network.module
+    network = model
     # The bypass and the integral operator act in the same direction: 1 + |1 + i|.
     bound = 2 * float(np.abs(2 + 1j)) ** len(network.blocks)
     np.testing.assert_allclose(model.lipschitz_bound(), bound, rtol=1e-3)
@@ -159,10 +159,10 @@ def test_coordinates_are_not_constrained(getkey):
     model, state = wrapped(getkey())
     table = spectrax.summary(model, state, enclosure=False)
     assert len(table) == 5
-    assert [path for path, _ in table.unconstrained] == ["network.position.weight"]
+    assert [path for path, _ in table.unconstrained] == ["position.weight"]
     plain = spectrax.unwrap(model, state)
     larger = eqx.tree_at(
-        lambda model: model.network.module.position.weight,
+        lambda model: model.position.weight,
         plain,
         replace_fn=lambda weight: 100 * weight,
     )
@@ -199,7 +199,7 @@ def test_learned_bounds_are_trained(getkey):
         model, state, opt_state, value = step(model, state, opt_state)
         values.append(value)
     assert values[-1] < 0.5 * values[0]
-    learned = np.prod([c.target() for c in model.network.constraints])
+    learned = np.prod([c.target() for c in trained_bounds(model)])
     assert learned > 2
     state = spectrax.advance(model, state)
     bound = model.lipschitz_bound(state)
@@ -232,7 +232,7 @@ def test_hessian_with_respect_to_the_input(getkey):
 def test_more_dimensions(dims, getkey):
     options = {"constraint": None, "padding": 0.25, "coordinates": dims == 3}
     model = FNO(dims, 1, 2, 2, 2, 1, **options, key=getkey())
-    assert (model.network.module.position is None) == (dims == 2)
+    assert (model.position is None) == (dims == 2)
     grid = (4, 3, 3)[:dims]
     x = jr.normal(getkey(), (1, *grid))
 
@@ -258,9 +258,13 @@ def test_unknown_activation_raises(getkey):
 
 def test_without_the_state_raises(getkey):
     model, _ = wrapped(getkey())
-    with pytest.raises(ValueError, match="the state of a wrapped `FNO`, got none"):
+    with pytest.raises(
+        TypeError, match="`equinox.nn.State` of a constrained model, got"
+    ):
         model.lipschitz_bound()
-    with pytest.raises(TypeError, match="an `equinox.nn.State` among the arguments"):
+    with pytest.raises(
+        TypeError, match="`equinox.nn.State` of a constrained model, got None"
+    ):
         model(jnp.zeros((2, 4)))
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 import spectrax
 import spectrax.nn as snn
 
-from .helpers import clone, true_norm, unchecked
+from .helpers import clone, raw, trained_bounds, true_norm, unchecked
 
 
 # How weights are constrained does not depend on how norms are found; a decomposition
@@ -30,7 +30,7 @@ def _outline(*args, **options):
 
 
 def _linear_weights(plain) -> list[Array]:
-    return [layer.weight for layer in plain.network.module.layers]
+    return [layer.weight for layer in plain.layers]
 
 
 @eqx.filter_jit
@@ -80,7 +80,7 @@ def test_bound_holds_at_every_number_of_points(small, num_points, getkey):
 
 def test_bound_is_the_product_of_its_parts(small):
     _, _, plain = small
-    network = plain.network.module
+    network = plain
     expected = np.prod([true_norm(weight) for weight in _linear_weights(plain)])
     np.testing.assert_allclose(expected, 1.5**3, rtol=1e-10)
     for block in network.blocks:
@@ -108,7 +108,7 @@ def test_bound_is_attained(getkey):
     model, state = _create(4, 4, (4, 4), 2, key=getkey())
 
     def weights(model):
-        network = model.network.module
+        network = model
         attentions = [block.layer.attention for block in network.blocks]
         return (
             [layer.weight.weight for layer in network.layers]
@@ -117,7 +117,7 @@ def test_bound_is_attained(getkey):
         )
 
     def values(model):
-        blocks = model.network.module.blocks
+        blocks = model.blocks
         return [block.layer.attention.value_proj.weight.weight for block in blocks]
 
     model = eqx.tree_at(weights, model, [jnp.eye(4)] * 7)
@@ -145,7 +145,7 @@ def test_without_attention_points_do_not_see_each_other(getkey):
     both = jnp.stack([x, x.at[0].add(1.0)])
     for use_attention in (False, True):
         model, _ = _create(4, 4, (4,), 2, use_attention=use_attention, key=key)
-        plain = model.network.raw
+        plain = raw(model)
         same = np.equal(*eqx.filter_jit(eqx.filter_vmap(plain))(both))
         assert not np.any(same[0])
         assert np.all(same[1:]) != use_attention
@@ -153,7 +153,7 @@ def test_without_attention_points_do_not_see_each_other(getkey):
 
 
 def test_sizes_and_heads(getkey):
-    network = _outline(3, 2, (6, 12), 3, key=getkey()).network.raw
+    network = raw(_outline(3, 2, (6, 12), 3, key=getkey()))
     shapes = [layer.weight.shape for layer in network.layers]
     assert shapes == [(6, 3), (12, 6), (2, 12)]
     values = [block.layer.attention.value_proj.weight.shape for block in network.blocks]
@@ -172,7 +172,7 @@ def test_initial_bound_is_that_of_linear_layers(getkey):
         plain = spectrax.unwrap(model, state)
         for weight in _linear_weights(plain):
             np.testing.assert_allclose(true_norm(weight), 2, rtol=1e-10)
-        attention = plain.network.module.blocks[0].layer.attention
+        attention = plain.blocks[0].layer.attention
         np.testing.assert_allclose(
             true_norm(attention.query_proj.weight), 1, rtol=1e-10
         )
@@ -189,7 +189,7 @@ def test_activation_is_used_and_counted(getkey):
         )
         plain = spectrax.unwrap(model, state)
         bounds.append(float(plain.lipschitz_bound()))
-        first, second, last = plain.network.module.layers
+        first, second, last = plain.layers
         expected = last(activation(second(activation(first(jnp.ones(4))))))
         found = plain(jnp.ones((1, 4)))[0]
         np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -198,18 +198,17 @@ def test_activation_is_used_and_counted(getkey):
 
 def test_estimator_is_used(getkey):
     model = _outline(3, 2, (4,), 2, key=getkey())
-    assert model.network.weights[0].estimator == spectrax.PowerIteration()
+    assert spectrax.constrained_weights(model)[0].estimator == spectrax.PowerIteration()
     model = _outline(3, 2, (4,), 2, estimator=spectrax.ExactSVD(), key=getkey())
-    assert all(w.estimator == spectrax.ExactSVD() for w in model.network.weights)
+    assert all(
+        w.estimator == spectrax.ExactSVD() for w in spectrax.constrained_weights(model)
+    )
 
 
 def test_keys_make_different_weights(getkey):
     first, second = getkey(), getkey()
     models = [_create(3, 2, (4,), 2, key=key)[0] for key in (first, first, second)]
-    weights = [
-        jax.tree.leaves(eqx.filter(model.network.module, eqx.is_array))
-        for model in models
-    ]
+    weights = [jax.tree.leaves(eqx.filter(model, eqx.is_array)) for model in models]
     for one, same, other in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, same)
         # But for the weight of the average.
@@ -253,7 +252,7 @@ def test_adaptive_bounds_are_trained():
     assert values[-1] < 0.7 * values[0]
     learned = [
         float(constraint.target())
-        for constraint in trained.network.constraints
+        for constraint in trained_bounds(trained)
         if constraint is not None
     ]
     assert len(learned) == 2
@@ -267,12 +266,12 @@ def test_adaptive_bounds_are_trained():
     norms, _ = _norms_and_outputs(plain, jr.normal(jr.key(0), (16, 5, 4)))
     assert np.max(norms) <= bound
     # The weights of the averages are trained as well.
-    assert trained.network.module.blocks[0].raw != model.network.module.blocks[0].raw
+    assert trained.blocks[0].raw != model.blocks[0].raw
 
 
 def test_fixed_bounds_stay():
     model, state = _create(4, 4, (4,), 2, key=jr.key(1))
-    assert all(constraint is None for constraint in model.network.constraints)
+    assert all(constraint is None for constraint in trained_bounds(model))
     trained, state, values = _train(model, state, 10)
     assert values[-1] < values[0]
     assert trained.lipschitz_bound(state) <= 1 + 1e-2
@@ -368,7 +367,9 @@ def test_inputs_of_another_shape_raise(small, shape):
 
 def test_without_state_raises(small):
     model, _, _ = small
-    with pytest.raises(TypeError, match=r"expected an `equinox.nn.State`"):
+    with pytest.raises(TypeError, match=r"expected the `equinox.nn.State` of a const"):
         model(jnp.ones((4, 3)))
-    with pytest.raises(TypeError, match="the state of a model that is wrapped"):
+    with pytest.raises(
+        TypeError, match="`equinox.nn.State` of a constrained model, got"
+    ):
         model.lipschitz_bound()

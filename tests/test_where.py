@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 import spectrax
 
-from .helpers import linear_norms, linear_weights, Net, true_norm
+from .helpers import linear_norms, linear_weights, Net, true_norm, unchecked
 
 
 wrap = eqx.nn.make_with_state(spectrax.wrap)
@@ -292,6 +292,23 @@ def test_one_value_for_each_node(getkey, name):
         spectrax.wrap(net, where=lambda net: net, **{name: [one, one]})
     with pytest.raises(ValueError, match=match):
         spectrax.wrap(net, **{name: [one, one]})
+
+
+def test_where_that_selects_nothing(zoo):
+    with pytest.raises(
+        ValueError, match="to select at least one layer or array, got an"
+    ):
+        spectrax.wrap(zoo, where=lambda _: [])
+
+
+@pytest.mark.parametrize("size", [5, (5.5,), "8"])
+def test_what_is_no_input_size(size, getkey):
+    conv = eqx.nn.Conv1d(2, 2, 3, key=getkey())
+    with (
+        unchecked(),
+        pytest.raises(TypeError, match="`input_size` to be a sequence of i"),
+    ):
+        spectrax.wrap(conv, input_size=size)
 
 
 def test_where_leaves_the_raw_weights_alone(zoo):

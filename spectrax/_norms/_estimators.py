@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._dtypes import real_dtype
 from .._operators import accumulation_dtype, Operator
 from ._power_iteration import (
+    check_count,
     check_num_steps,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_INIT_STEPS,
@@ -93,10 +94,7 @@ class PowerIteration(AbstractEstimator[Any]):
     def __check_init__(self):
         check_num_steps(self.num_steps)
         check_num_steps(self.init_steps, "init_steps")
-        if self.block_size < 1:
-            raise ValueError(
-                f"expected `block_size` to be at least 1, got {self.block_size}."
-            )
+        check_count(self.block_size, "block_size", least=1)
 
     def init(self, operator: Operator, *, key: PRNGKeyArray) -> Any:
         """As [`spectrax.init_power_state`][]."""

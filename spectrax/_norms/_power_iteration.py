@@ -1,6 +1,9 @@
 """Power iteration as pure functions: state in, state out."""
 
+from typing import Any
+
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._operators import as_operator, OperatorLike
@@ -62,8 +65,7 @@ def init_power_state(
     operator, `block_size < 1` or `num_steps < 0`.
     """
     operator = stop_gradient(as_operator(operator))
-    if block_size < 1:
-        raise ValueError(f"expected `block_size` to be at least 1, got {block_size}.")
+    check_count(block_size, "block_size", least=1)
     check_num_steps(num_steps)
     key = jr.key(0) if key is None else key
     return stop_gradient(init_vectors(operator, key, block_size, num_steps))
@@ -159,5 +161,15 @@ def residual_norm(
 
 def check_num_steps(num_steps: int, name: str = "num_steps") -> None:
     """Raises if `num_steps` is not a count."""
-    if num_steps < 0:
-        raise ValueError(f"expected `{name}` to be at least 0, got {num_steps}.")
+    check_count(num_steps, name, least=0)
+
+
+def check_count(count: Any, name: str, *, least: int) -> None:
+    """Raises if `count` is not an integer of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
+        raise TypeError(
+            f"expected `{name}` to be an integer, got {count!r} of type "
+            f"{type(count).__name__}."
+        )
+    if count < least:
+        raise ValueError(f"expected `{name}` to be at least {least}, got {count}.")

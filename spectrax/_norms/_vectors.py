@@ -188,5 +188,7 @@ def _check_rows(
         raise ValueError(
             f"expected `state.{name}` to hold vectors of shape {expected}, those of "
             f"the operator, got {got}. Make the state with "
-            "`spectrax.init_power_state(operator)` for an operator of this shape."
+            "`spectrax.init_power_state(operator)` for an operator of this shape. Of a "
+            "model, use the state that was made with it, and under `jax.vmap` give it "
+            "`in_axes=None` and `out_axes=None`."
         )

@@ -23,6 +23,7 @@ from ._lipschitz import (
     lipschitz_constant as lipschitz_constant,
     register_lipschitz_constant as register_lipschitz_constant,
 )
+from ._network import AbstractNetwork as AbstractNetwork
 from ._neural_operator import (
     create_spectral_neural_operator as create_spectral_neural_operator,
     SpectralNeuralOperator as SpectralNeuralOperator,

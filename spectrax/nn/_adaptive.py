@@ -72,9 +72,10 @@ class AdaptiveSpectralNorm(Wrapped):
         key: PRNGKeyArray | None = None,
     ):
         constraint = _bound(initial_bound, maximum, learnable=learnable_bound)
-        self.module = with_constraints(
+        module = with_constraints(
             layer, constraint=constraint, estimator=estimator, key=key
         )
+        super().__init__(module)
 
 
 def _bound(

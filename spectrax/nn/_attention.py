@@ -165,9 +165,8 @@ class SpectralMultiheadAttention(Wrapped):
         )
         if per_head:
             attention = _cut_into_heads(attention)
-        self.module = with_constraints(
-            attention, constraint=constraint, estimator=estimator
-        )
+        module = with_constraints(attention, constraint=constraint, estimator=estimator)
+        super().__init__(module)
 
 
 def _cut_into_heads(attention: eqx.nn.MultiheadAttention) -> eqx.nn.MultiheadAttention:

@@ -13,18 +13,17 @@ from .._constraints import AbstractConstraint, Normalize
 from .._enclosures import enclose_norm, up
 from .._norms import AbstractEstimator, PowerIteration
 from .._rules import layer_operator
-from .._wrap import wrap
-from .._wrapped import unwrap, Wrapped
+from .._wrap import with_constraints
 from ._activations import max_min
 from ._fourier import FourierLayer
 from ._lipschitz import lipschitz_constant
+from ._network import AbstractNetwork
 
 
 Activation = Callable[[Array], Array]
-_Layer = eqx.nn.Linear | FourierLayer
 
 
-class FNO(eqx.Module):
+class FNO(AbstractNetwork):
     """The Fourier neural operator (Li et al. 2021), a map between functions on a grid
     of any resolution, with a bound on its Lipschitz constant.
 
@@ -78,7 +77,9 @@ class FNO(eqx.Module):
     - `dtype`: of the weights; JAX's default if not given.
     - `key`: randomness of the weights.
 
-    In it is `network`, a [`spectrax.Wrapped`][].
+    Called as `y, state = model(x, state)` with `x` of shape `[in_channels, *grid]`, or
+    as `y = spectrax.unwrap(model, state)(x)`. If constrained, its weights are
+    [`spectrax.Constrained`][], except for that of the coordinates.
 
     **Raises:** `ValueError` if `depth` or `width` is not positive, if `padding` is
     negative, if `output_scale` is not positive, if the Lipschitz constant of
@@ -102,7 +103,14 @@ class FNO(eqx.Module):
         ```
     """
 
-    network: Wrapped
+    lifting: eqx.nn.Linear
+    position: eqx.nn.Linear | None
+    blocks: tuple[FourierLayer, ...]
+    hidden: eqx.nn.Linear
+    projection: eqx.nn.Linear
+    activation: Activation
+    padding: float = eqx.field(static=True)
+    output_scale: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -124,115 +132,7 @@ class FNO(eqx.Module):
     ):
         _check(width, depth, padding, output_scale)
         network_key, wrap_key = jr.split(key)
-        network = _Network(
-            num_spatial_dims,
-            (in_channels, width, out_channels),
-            modes,
-            depth,
-            activation=activation,
-            coordinates=coordinates,
-            padding=float(padding),
-            output_scale=float(output_scale),
-            dtype=dtype,
-            key=network_key,
-        )
-        if constraint is None:
-            self.network = Wrapped(network)
-            return
-        lipschitz_constant(activation)  # raises if it is not known
-        self.network = wrap(
-            network,
-            constraint=constraint,
-            estimator=estimator,
-            where=_constrained_layers,
-            key=wrap_key,
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "in *grid"],
-        state: eqx.nn.State | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Any:
-        """The output function on the grid of the input. Use `jax.vmap` for a batch.
-
-        **Arguments:**
-
-        - `x`: `[in_channels, *grid]`.
-        - `state`: the model's state, which each call advances. Not needed by a plain or
-            unwrapped network.
-        - `key`: ignored, for compatibility with other layers.
-
-        **Returns:**
-
-        An array `[out_channels, *grid]`; if a state is passed, the pair of it and the
-        new state.
-
-        **Raises:** `TypeError` if a state is needed and there is none, and as
-        `FourierLayer`.
-        """
-        del key
-        return self.network(x) if state is None else self.network(x, state)
-
-    def lipschitz_bound(self, state: eqx.nn.State | None = None) -> Float[Array, ""]:
-        """A bound on the Lipschitz constant, at every resolution.
-
-        **Kind:** an upper bound: the product of what [`spectrax.enclose_norm`][] proves
-        of each weight, of the activation's constants and of the output's scale.
-
-        **Arguments:**
-
-        - `state`: the model's state. Not needed by a plain or unwrapped network.
-
-        **Returns:**
-
-        A real scalar. It carries no derivative.
-
-        **Cost:** an enclosure for each layer, in the Fourier layers one for each
-        frequency.
-
-        **Raises:** `ValueError` if a state is needed and there is none, or if the
-        Lipschitz constant of the activation is not known.
-        """
-        if self.network.is_stateful():
-            if state is None:
-                raise ValueError(
-                    "expected the state of a wrapped `FNO`, got none. Call "
-                    "`model.lipschitz_bound(state)`, or `spectrax.unwrap` it first."
-                )
-            return unwrap(self, state).lipschitz_bound()
-        return self.network.module.lipschitz_bound()
-
-
-class _Network(eqx.Module):
-    """The network itself, which knows of no constraint."""
-
-    lifting: eqx.nn.Linear
-    position: eqx.nn.Linear | None
-    blocks: tuple[FourierLayer, ...]
-    hidden: eqx.nn.Linear
-    projection: eqx.nn.Linear
-    activation: Activation
-    padding: float = eqx.field(static=True)
-    output_scale: float = eqx.field(static=True)
-
-    def __init__(
-        self,
-        num_spatial_dims: int,
-        channels: tuple[int, int, int],
-        modes: int | Sequence[int],
-        depth: int,
-        *,
-        activation: Activation,
-        coordinates: bool,
-        padding: float,
-        output_scale: float,
-        dtype: Any,
-        key: PRNGKeyArray,
-    ):
-        in_channels, width, out_channels = channels
-        keys = iter(jr.split(key, depth + 4))
+        keys = iter(jr.split(network_key, depth + 4))
 
         def linear(inputs: int, outputs: int) -> eqx.nn.Linear:
             return eqx.nn.Linear(inputs, outputs, dtype=dtype, key=next(keys))
@@ -249,16 +149,23 @@ class _Network(eqx.Module):
                 key=next(keys),
             )
 
-        self.lifting = linear(in_channels, width)
+        lifting = linear(in_channels, width)
+        # The coordinates do not depend on the input function.
         self.position = linear(num_spatial_dims, width) if coordinates else None
-        self.blocks = tuple(block() for _ in range(depth))
-        self.hidden = linear(width, width)
-        self.projection = linear(width, out_channels)
+        blocks = tuple(block() for _ in range(depth))
+        layers = lifting, blocks, linear(width, width), linear(width, out_channels)
+        if constraint is not None:
+            lipschitz_constant(activation)  # raises if it is not known
+            layers = with_constraints(
+                layers, constraint=constraint, estimator=estimator, key=wrap_key
+            )
+        self.lifting, self.blocks, self.hidden, self.projection = layers
         self.activation = activation
-        self.padding = padding
-        self.output_scale = output_scale
+        self.padding = float(padding)
+        self.output_scale = float(output_scale)
 
-    def __call__(self, x: Float[Array, "in *grid"]) -> Float[Array, "out *grid"]:
+    def forward(self, x: Float[Array, "in *grid"]) -> Float[Array, "out *grid"]:
+        """The function `[out_channels, *grid]` for the one `[in_channels, *grid]`."""
         grid = x.shape[1:]
         y = _pointwise(self.lifting, x)
         if self.position is not None:
@@ -271,22 +178,17 @@ class _Network(eqx.Module):
         y = self.activation(_pointwise(self.hidden, y))
         return self.output_scale * _pointwise(self.projection, y)
 
-    def lipschitz_bound(self) -> Float[Array, ""]:
+    def plain_bound(self) -> Float[Array, ""]:
+        """The product of the norms, of the activation's constants and of the output's
+        scale.
+        """
         activations = lipschitz_constant(self.activation) ** (len(self.blocks) + 1)
-        norms = [
-            enclose_norm(layer_operator(layer)).upper
-            for layer in _constrained_layers(self)
-        ]
-        factors = jnp.asarray(self.output_scale * activations, norms[0].dtype)
-        bound = up(factors)
+        layers = [self.lifting, *self.blocks, self.hidden, self.projection]
+        norms = [enclose_norm(layer_operator(layer)).upper for layer in layers]
+        bound = up(jnp.asarray(self.output_scale * activations, norms[0].dtype))
         for norm in norms:
             bound = up(bound * norm)
         return bound
-
-
-def _constrained_layers(network: _Network) -> list[_Layer]:
-    """All that acts on the input function; the coordinates do not depend on it."""
-    return [network.lifting, *network.blocks, network.hidden, network.projection]
 
 
 def _pointwise(

@@ -65,9 +65,8 @@ class SpectralLinear(Wrapped):
         key: PRNGKeyArray,
     ):
         layer = eqx.nn.Linear(in_features, out_features, use_bias, dtype, key=key)
-        self.module = with_constraints(
-            layer, constraint=constraint, estimator=estimator
-        )
+        module = with_constraints(layer, constraint=constraint, estimator=estimator)
+        super().__init__(module)
 
 
 class AbstractSpectralConv(Wrapped):
@@ -143,9 +142,10 @@ class AbstractSpectralConv(Wrapped):
             dtype,
             key=key,
         )
-        self.module = with_constraints(
+        module = with_constraints(
             layer, constraint=constraint, estimator=estimator, input_size=input_size
         )
+        super().__init__(module)
 
 
 class SpectralConv1d(AbstractSpectralConv):

@@ -23,15 +23,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._constraints import LearnableBound, Normalize
 from .._enclosures import enclose_norm, up
 from .._norms import AbstractEstimator, PowerIteration
-from .._wrap import wrap
-from .._wrapped import unwrap, Wrapped
+from .._wrap import with_constraints
 from ._activations import max_min
 from ._l2_attention import l2_attention_growth, L2MultiheadAttention
 from ._lipschitz import lipschitz_constant
+from ._network import AbstractNetwork
 from ._residual import ResidualAverage
 
 
-class SpectralNeuralOperator(eqx.Module):
+class SpectralNeuralOperator(AbstractNetwork):
     """A neural operator of linear layers, attention and activations, all with a bound
     on their Lipschitz constants.
 
@@ -48,10 +48,13 @@ class SpectralNeuralOperator(eqx.Module):
     Made with its state by [`spectrax.nn.create_spectral_neural_operator`][], which
     explains the arguments `input_dim`, `output_dim`, `hidden_dims`, `num_heads`,
     `activation`, `use_attention`, `use_adaptive_bounds`, `initial_bound`, `estimator`
-    and `key`. In it is `network`, the wrapped network.
+    and `key`. Called as `y, state = model(x, state)` with `x` of shape `[points,
+    input_dim]`, or as `y = spectrax.unwrap(model, state)(x)`.
     """  # noqa: E501
 
-    network: Wrapped
+    layers: tuple[eqx.nn.Linear, ...]
+    blocks: tuple[ResidualAverage, ...]
+    activation: Callable[..., Any]
 
     def __init__(
         self,
@@ -70,70 +73,49 @@ class SpectralNeuralOperator(eqx.Module):
         sizes = (input_dim, *hidden_dims, output_dim)
         _check_sizes(sizes, num_heads if use_attention else None, activation)
         weights_key, starts_key = jr.split(key)
-        network = _Network(sizes, num_heads, activation, use_attention, key=weights_key)
+        layers = tuple(
+            eqx.nn.Linear(size, next_size, key=jr.fold_in(weights_key, 2 * i))
+            for i, (size, next_size) in enumerate(zip(sizes, sizes[1:], strict=False))
+        )
+        blocks = tuple(
+            _block(num_heads, size, jr.fold_in(weights_key, 2 * i + 1))
+            for i, size in enumerate(hidden_dims if use_attention else ())
+        )
         bound = LearnableBound if use_adaptive_bounds else Normalize
-        self.network = wrap(
-            network,
-            where=lambda network: [network.layers, network.blocks][: 1 + use_attention],
-            constraint=[bound(initial_bound), Normalize()][: 1 + use_attention],
+        count = 1 + use_attention
+        self.layers, self.blocks = with_constraints(
+            (layers, blocks),
+            where=lambda both: list(both)[:count],
+            constraint=[bound(initial_bound), Normalize()][:count],
             estimator=estimator,
             key=starts_key,
         )
+        self.activation = activation
 
-    def __call__(
-        self,
-        x: Float[Array, "points input_dim"],
-        state: eqx.nn.State | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Any:
-        """**Arguments:**
+    def forward(self, x: Float[Array, "points input"]) -> Float[Array, "points output"]:
+        """The function at the points, `[points, output_dim]`."""
+        channels = self.layers[0].in_features
+        if x.ndim != 2 or x.shape[1] != channels or len(x) == 0:
+            raise ValueError(
+                f"expected a function at points, of shape [points, {channels}], got "
+                f"{x.shape}. For a batch of functions use `jax.vmap`."
+            )
+        for i, layer in enumerate(self.layers[:-1]):
+            x = jax.vmap(lambda point, layer=layer: self.activation(layer(point)))(x)
+            if self.blocks:
+                x = self.blocks[i](x)
+        return jax.vmap(self.layers[-1])(x)
 
-        - `x`: the function at the points, an array of shape `[points, input_dim]`. For
-            a batch of functions use `jax.vmap`.
-        - `state`: the state, which advances; not to be given after `spectrax.unwrap`.
-        - `key`: not used; so that it can stand in `equinox.nn.Sequential`.
-
-        **Returns:** an array of shape `[points, output_dim]` and the new state; without
-        a state, the array.
-
-        **Raises:** `TypeError` if there is no state and it has not been unwrapped.
-        """
-        del key
-        return self.network(x) if state is None else self.network(x, state)
-
-    def lipschitz_bound(self, state: eqx.nn.State | None = None) -> Float[Array, ""]:
-        """How far apart two functions can be torn: `|f(x) - f(y)| <= bound |x - y|`, in
-        the 2-norm over all points and channels, at any number of points.
-
-        It is the product of the norms of linear layers, of the constants of the
+    def plain_bound(self) -> Float[Array, ""]:
+        """The product of the norms of linear layers, of the constants of the
         activations, and of `(1 - a) + a b` for each block of attention, with `b` from
         the norms of its weights.
-
-        **Kind:** an upper bound, with the norms as proven by
-        [`spectrax.enclose_norm`][], for the function that `spectrax.unwrap(model,
-        state)` computes, up to the rounding of its evaluation.
-
-        **Arguments:**
-
-        - `state`: the state, which stays valid; not to be given after
-            `spectrax.unwrap`.
-
-        **Returns:** a scalar.
-
-        **Cost:** an enclosure of each weight.
-
-        **Raises:** `TypeError` if there is no state and it has not been unwrapped.
         """
-        if state is not None:
-            return unwrap(self.network, state).lipschitz_bound()
-        if self.network.is_stateful():
-            raise TypeError(
-                "expected the state of a model that is wrapped, as in "
-                "`model.lipschitz_bound(state)`, got none. A model without a state is "
-                "what `spectrax.unwrap(model, state)` returns."
-            )
-        return self.network.module.lipschitz_bound()
+        linear = [enclose_norm(layer.weight).upper for layer in self.layers]
+        between = jnp.asarray(lipschitz_constant(self.activation), linear[0].dtype)
+        blocks = [_bound_of_block(block) for block in self.blocks]
+        factors = [*linear, *blocks, *[between] * (len(self.layers) - 1)]
+        return up(jnp.prod(jnp.stack(factors)), roundings=16 + 2 * len(factors))
 
 
 def create_spectral_neural_operator(
@@ -222,57 +204,6 @@ class _ScaledAttention(eqx.Module):
         head_size = self.attention.size // self.attention.num_heads
         scale = math.sqrt(head_size) / l2_attention_growth(len(x))
         return scale * self.attention(x)
-
-
-class _Network(eqx.Module):
-    """The network itself, with whatever weights it is given."""
-
-    layers: tuple[eqx.nn.Linear, ...]
-    blocks: tuple[ResidualAverage, ...]
-    activation: Callable[..., Any]
-
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        num_heads: int,
-        activation: Callable[..., Any],
-        use_attention: bool,  # noqa: FBT001
-        *,
-        key: PRNGKeyArray,
-    ):
-        self.layers = tuple(
-            eqx.nn.Linear(size, next_size, key=jr.fold_in(key, 2 * i))
-            for i, (size, next_size) in enumerate(zip(sizes, sizes[1:], strict=False))
-        )
-        hidden = sizes[1:-1] if use_attention else ()
-        self.blocks = tuple(
-            _block(num_heads, size, jr.fold_in(key, 2 * i + 1))
-            for i, size in enumerate(hidden)
-        )
-        self.activation = activation
-
-    def __call__(
-        self, x: Float[Array, "points input"]
-    ) -> Float[Array, "points output"]:
-        channels = self.layers[0].in_features
-        if x.ndim != 2 or x.shape[1] != channels or len(x) == 0:
-            raise ValueError(
-                f"expected a function at points, of shape [points, {channels}], got "
-                f"{x.shape}. For a batch of functions use `jax.vmap`."
-            )
-        for i, layer in enumerate(self.layers[:-1]):
-            x = jax.vmap(lambda point, layer=layer: self.activation(layer(point)))(x)
-            if self.blocks:
-                x = self.blocks[i](x)
-        return jax.vmap(self.layers[-1])(x)
-
-    def lipschitz_bound(self) -> Float[Array, ""]:
-        """The product over all parts, rounded up."""
-        linear = [enclose_norm(layer.weight).upper for layer in self.layers]
-        between = jnp.asarray(lipschitz_constant(self.activation), linear[0].dtype)
-        blocks = [_bound_of_block(block) for block in self.blocks]
-        factors = [*linear, *blocks, *[between] * (len(self.layers) - 1)]
-        return up(jnp.prod(jnp.stack(factors)), roundings=16 + 2 * len(factors))
 
 
 def _block(num_heads: int, size: int, key: PRNGKeyArray) -> ResidualAverage:

@@ -66,9 +66,10 @@ class AbstractSpectralConvTranspose(Wrapped):
             dtype,
             key=key,
         )
-        self.module = with_constraints(
+        module = with_constraints(
             layer, constraint=constraint, estimator=estimator, input_size=input_size
         )
+        super().__init__(module)
 
 
 class SpectralConvTranspose1d(AbstractSpectralConvTranspose):
