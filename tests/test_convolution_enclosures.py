@@ -76,7 +76,8 @@ def _readings(layer: Any, size: int, axis: int) -> np.ndarray:
             before, after = before % s, after % s
         spread = np.full(s * (len(places) - 1) + 1, -1)
         spread[::s] = places
-        spread = spread[max(-before, 0) : len(spread) - max(-after, 0)]
+        end = max(0, len(spread) - max(-after, 0))  # none, if more is cut off
+        spread = spread[max(-before, 0) : end]
         ends = max(before, 0), max(after, 0)
         places = np.pad(spread, ends, constant_values=-1)
         s = 1
