@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, Int
@@ -32,6 +33,9 @@ def certified_weights(
 ) -> Inexact[Array, "..."]:
     """A weight, or a whole stack of them, scaled such that the constraint is proven to
     be kept. `norm` finds the norm of the raw weight, if it is needed.
+
+    While a function is traced nothing can be raised in a program that can be exported:
+    a weight for which no proof is found is then NaN.
     """
     one = jax.ShapeDtypeStruct(weight.shape[depth:], weight.dtype)
     operator = eqx.filter_eval_shape(view, one)
@@ -44,7 +48,10 @@ def certified_weights(
             return found
     scale = constraint.scale(norm())
     bound = jnp.broadcast_to(target, scale.shape)
-    return _certified(view, depth, weight, scale, bound)
+    certified, proven = _certified(view, depth, weight, scale, bound)
+    if not isinstance(proven, jax.core.Tracer) and not proven:
+        raise RuntimeError(NO_PROOF)
+    return certified
 
 
 @ft.singledispatch
@@ -82,9 +89,10 @@ def _certified(
     weight: Inexact[Array, "..."],
     scale: Float[Array, "*stack"],
     bound: Float[Array, "*stack"],
-) -> Inexact[Array, "..."]:
+) -> tuple[Inexact[Array, "..."], Bool[Array, ""]]:
     one = ft.partial(certified_weight, operator=build)
-    return over_stack(one, depth)(weight, scale, bound)
+    certified, proven = over_stack(one, depth)(weight, scale, bound)
+    return certified, jnp.all(proven)
 
 
 def certified_weight(
@@ -92,9 +100,10 @@ def certified_weight(
     scale: Float[Array, ""],
     bound: Float[Array, ""],
     operator: Callable[[Array], Operator],
-) -> Inexact[Array, "..."]:
+) -> tuple[Inexact[Array, "..."], Bool[Array, ""]]:
     """`weight` times `scale`, or a little less: such that its norm as it is stored, in
-    its own dtype after the last rounding, is proven to be at most `bound`.
+    its own dtype after the last rounding, is proven to be at most `bound`. NaN and a
+    false flag if there is no proof.
 
     Each attempt scales down by what was missing and a little more, twice as much every
     time. One or two suffice, unless rounding to a narrow dtype works against it.
@@ -122,4 +131,4 @@ def certified_weight(
 
     start = weight, scale, jnp.zeros((), bool), jnp.asarray(0)
     candidate, _, proven, _ = lax.while_loop(unfinished, attempt, start)
-    return eqx.error_if(candidate, ~proven, NO_PROOF)
+    return jnp.where(proven, candidate, jnp.nan), proven

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.core
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, Real
@@ -279,12 +280,28 @@ def _ratio(
 ) -> Float[Array, "*stack"]:
     """`bound / |sigma|`; `at_zero` where that is not a finite number, as for a zero
     weight. A NaN stays one.
+
+    Written as `bound / (sigma * unit) * unit`, where the constant `unit` is a power of
+    two close to `1 / sigma`. That changes no bit of it, but the derivatives are those
+    of `1 / x` close to 1, in units of the norm, where those of `1 / sigma` overflow.
+    A compiler would merge `x / a / a` into `x / (a * a)`, hence the products.
     """
     # Vectors that lag far behind the weight can see a negative value, and a constraint
     # never changes the sign of a weight. A model may be cast after it was wrapped.
     sigma, bound = jnp.abs(sigma), bound.astype(sigma.dtype)
     zero = sigma <= bound * float(jnp.finfo(sigma.dtype).tiny)
-    return jnp.where(zero, at_zero, bound / jnp.where(zero, 1, sigma))
+    sigma = jnp.where(zero, 1, sigma)
+    unit = 1 / _power_of_two(sigma)
+    return jnp.where(zero, at_zero, bound / (sigma * unit) * unit)
+
+
+def _power_of_two(numbers: Float[Array, "*stack"]) -> Float[Array, "*stack"]:
+    """Close to each number, so that it and its inverse are neither zero nor infinite;
+    without a derivative.
+    """
+    info = jnp.finfo(numbers.dtype)
+    within = jnp.clip(numbers, float(info.tiny), 1 / float(info.tiny))
+    return lax.reduce_precision(lax.stop_gradient(within), info.nexp, 0)
 
 
 def _clipped(

@@ -207,6 +207,8 @@ def unwrap(
         enclosure: 1e-4 or less for matrices, up to 1% for convolutions at every input
         size (inside of `jit` several percent in three dimensions), of which the raw
         weight's proven norm takes the place of the estimate. They carry no derivative.
+        Cast a model to another dtype before and not after: that rounds, and may make a
+        norm larger than it was proven to be.
     - `progress`: wraps the sequence of weights while they are worked on, as `tqdm.tqdm`
         does, which then shows how far it has come. Proofs take time.
 
@@ -224,8 +226,9 @@ def unwrap(
     **Raises:** `TypeError` if something is constrained and `state` is `None`;
     `ValueError` by Equinox if `state` is an old one, or if `lazy` and `certified` are
     both asked for; if certified, also if the `view` of a weight is an operator for
-    which there is no upper bound. By `equinox.error_if`, if a weight to be certified is
-    not finite.
+    which there is no upper bound. `RuntimeError` if no proof is found, as for a weight
+    that is not finite. While a function is traced nothing is raised, so that the
+    program can be exported: such a weight is then NaN.
     """
     if lazy and certified:
         raise ValueError(

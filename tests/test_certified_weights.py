@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
@@ -113,8 +114,41 @@ def test_weights_that_are_not_finite_raise():
         model,
         jnp.full((12, 20), jnp.nan, jnp.float32),
     )
-    with pytest.raises(Exception, match="no proof was found: it has a NaN"):
-        certified(broken, state)
+    with pytest.raises(RuntimeError, match="no proof was found: it has a NaN"):
+        spectrax.unwrap(broken, state, certified=True)
+    # Where it is traced nothing can be raised, and nothing looks proven.
+    assert jnp.all(jnp.isnan(certified(broken, state).weight))
+
+
+def test_they_are_exported():
+    model, state = wrap(linear(make_matrix("gaussian", (12, 20), 3)))
+    dynamic, static = eqx.partition((model, state), eqx.is_array)
+    leaves, structure = jax.tree.flatten(dynamic)
+
+    @jax.jit
+    def weight(leaves: list[jax.Array]) -> jax.Array:
+        dynamic = jax.tree.unflatten(structure, leaves)
+        return certified(*eqx.combine(dynamic, static)).weight
+
+    exported = jax.export.export(weight)(leaves)
+    # No program that calls back to Python can be saved.
+    assert "callback" not in exported.mlir_module()
+    assert jnp.array_equal(exported.call(leaves), weight(leaves))
+    assert 0.999 <= true_norm(exported.call(leaves)) <= 1
+
+
+def test_a_model_is_cast_before_it_is_certified():
+    layer = linear(np.ones((3, 3)))
+    model, state = wrap(layer)
+    after = spectrax.unwrap(model, state, certified=True).weight.astype(jnp.bfloat16)
+    model = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model
+    )
+    before = spectrax.unwrap(model, state, certified=True).weight
+    assert before.dtype == jnp.bfloat16
+    # 1/3 is between two numbers, of which the nearer one is too large.
+    norms = [true_norm(np.asarray(w.astype(jnp.float64))) for w in (after, before)]
+    assert 0.99 <= norms[1] <= 1 < norms[0]
 
 
 def test_views_without_structure_raise():

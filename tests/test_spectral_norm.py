@@ -492,3 +492,12 @@ def test_hessian_in_units_of_the_norm():
         np.testing.assert_allclose(
             got, expected, atol=1e-4 * np.abs(expected).max(), rtol=0
         )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_hessian_at_a_tie_under_debug_nans(compiled: bool):
+    hessian = jax.hessian(spectrax.spectral_norm)
+    with jax.debug_nans(new_val=True):
+        for matrix in (jnp.eye(3), jnp.diag(jnp.array([2.0, 2.0, 1.0]))):
+            found = (jax.jit(hessian) if compiled else hessian)(matrix)
+            assert jnp.all(jnp.isfinite(found))

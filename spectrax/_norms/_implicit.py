@@ -1,8 +1,10 @@
 """The linear solve behind the derivatives of singular vectors."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -70,6 +72,22 @@ def _conjugate_gradients(function: Callable[[PyTree], PyTree], rhs: PyTree) -> P
     return lx.linear_solve(operator, rhs, solver, throw=False).value
 
 
+@eqx.filter_jit
+def _without_nan(
+    solver: lx.CG, state: Any, vector: PyTree, options: dict[str, Any]
+) -> tuple[PyTree, Any, Any]:
+    """What the solver finds, infinite where it breaks down, as it does on a singular
+    system. One program, of which `jax_debug_nans` sees no more than the end.
+    """
+    solution, result, stats = solver.compute(state, vector, options)
+    given = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(vector)])
+    broken = ft.partial(jnp.where, jnp.all(given), jnp.inf)
+    solution = jax.tree.map(
+        lambda leaf: jnp.where(jnp.isnan(leaf), broken(leaf), leaf), solution
+    )
+    return solution, result, stats
+
+
 class _InUnits(lx.AbstractLinearSolver[Any]):
     """A solver that sees right sides whose largest entry is 1: its absolute tolerance
     is then a relative one, and nothing that it squares overflows or vanishes.
@@ -88,7 +106,7 @@ class _InUnits(lx.AbstractLinearSolver[Any]):
         usable = (largest > 0) & jnp.isfinite(largest)
         unit = jnp.where(usable, largest, 1)
         scaled = jax.tree.map(lambda leaf: leaf / unit, vector)
-        solution, result, stats = self.solver.compute(state, scaled, options)
+        solution, result, stats = _without_nan(self.solver, state, scaled, options)
         return jax.tree.map(lambda leaf: leaf * unit, solution), result, stats
 
     def transpose(self, state: Any, options: dict[str, Any]) -> Any:
